@@ -1,0 +1,33 @@
+//! The Kubernetes API of Freezeframe, `freezeframe.dev/v1alpha1`: types and constants, no I/O.
+//!
+//! A [`v1alpha1::VMSnapshot`] is a user's wish. The operator turns it into a [`v1alpha1::VMSnapshotContent`], the work
+//! order of one node; the agent of that node answers in the content's status, and the operator carries the answer back.
+//! Operators write `spec`, nodes write `status`: the objects hold all state, so either side may restart at any time.
+
+pub mod conditions;
+pub mod names;
+pub mod v1alpha1;
+
+/// API group of every kind.
+pub const GROUP: &str = "freezeframe.dev";
+
+/// Finalizer of the operator on a [`v1alpha1::VMSnapshot`]: removed when the content is gone.
+pub const SNAPSHOT_FINALIZER: &str = "freezeframe.dev/snapshot";
+
+/// Finalizer of the operator on a [`v1alpha1::VMSnapshotContent`]: removed when the node reported its artifacts gone.
+pub const CONTENT_FINALIZER: &str = "freezeframe.dev/content";
+
+/// Field manager of the operator's writes.
+pub const OPERATOR_MANAGER: &str = "freezeframe-operator";
+
+/// Field manager of a node agent's writes.
+pub const AGENT_MANAGER: &str = "freezeframe-agent";
+
+/// Annotation that makes a [`v1alpha1::VMSnapshotClass`] the default one, with the value `"true"`.
+pub const DEFAULT_CLASS_ANNOTATION: &str = "freezeframe.dev/is-default-class";
+
+/// Label on a content: namespace of its snapshot.
+pub const SNAPSHOT_NAMESPACE_LABEL: &str = "freezeframe.dev/snapshot-namespace";
+
+/// Label on a content: name of its snapshot, cut to 63 characters.
+pub const SNAPSHOT_NAME_LABEL: &str = "freezeframe.dev/snapshot-name";

@@ -1,0 +1,67 @@
+//! Which disks of a VM are meant, and what was made of each.
+
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::names::{DiskName, DriverName, SnapshotHandle};
+
+/// Which disks are taken. With both lists empty: every writable disk of the VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!(has(self.include) && size(self.include) > 0 && has(self.exclude) && size(self.exclude) > 0)")
+    .message("include and exclude are mutually exclusive"))]
+pub struct DiskSelection {
+    /// Only these disks. Set by the user; all when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub include: Vec<DiskName>,
+    /// All disks but these. Set by the user; none is left out when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub exclude: Vec<DiskName>,
+}
+
+/// How far one disk's snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DiskSnapshotState {
+    /// Cut, but its data is still being copied.
+    Copying,
+    /// Complete and verified.
+    Ready,
+    /// Failed; nothing of it is left.
+    Failed,
+    /// Deleted.
+    Removed,
+    /// Kept after its snapshot's deletion, as `deletionPolicy: Retain` asks.
+    Retained,
+}
+
+/// One disk of a snapshot. Set by the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskSnapshot {
+    /// The disk, as the VMTarget lists it.
+    pub name: DiskName,
+    /// The driver that took it.
+    pub driver: DriverName,
+    /// Why this driver, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver_reason: Option<String>,
+    /// How far it is.
+    pub state: DiskSnapshotState,
+    /// Virtual size of the disk at the cut, in bytes.
+    pub size_bytes: i64,
+    /// Format of the image at `handle`, such as `qcow2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
+    /// Where it is on the node: a file's path, or a volume's name. Absent before the cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handle: Option<SnapshotHandle>,
+    /// Progress of a copy, in percent. Absent where nothing is copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress_percent: Option<i32>,
+    /// What went wrong with this disk, or what to know about it. Absent when there is nothing to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}

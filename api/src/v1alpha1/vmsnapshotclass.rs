@@ -1,0 +1,50 @@
+//! `VMSnapshotClass`: an administrator's policy.
+
+use std::collections::BTreeMap;
+
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::DeletionPolicy;
+use crate::names::DriverName;
+
+/// One driver that a class allows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClassDriver {
+    /// The driver's name; `docs/drivers.md` lists them.
+    pub name: DriverName,
+    /// The driver's parameters, opaque to the API and checked by the driver when the class is used.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parameters: BTreeMap<String, String>,
+}
+
+/// Policy for snapshots: which drivers, in which order, with which parameters.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "freezeframe.dev",
+    version = "v1alpha1",
+    kind = "VMSnapshotClass",
+    plural = "vmsnapshotclasses",
+    shortname = "vmsc",
+    category = "freezeframe",
+    derive = "PartialEq",
+    doc = "Policy for snapshots: which drivers, in which order, with which parameters.",
+    printcolumn(name = "Drivers", type_ = "string", json_path = ".spec.drivers[*].name"),
+    printcolumn(name = "DeletionPolicy", type_ = "string", json_path = ".spec.deletionPolicy"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct VMSnapshotClassSpec {
+    /// The drivers, best first: each disk goes to the first that can take it. Set by the administrator; the agent's
+    /// own order when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(validation = Rule::new("self.all(a, self.exists_one(b, a.name == b.name))").message("a driver is listed twice"))]
+    pub drivers: Vec<ClassDriver>,
+    /// What happens to the data when a snapshot that doesn't say is deleted. Set by the administrator; `Delete` when
+    /// absent.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
+}
