@@ -5,6 +5,7 @@
 //! Operators write `spec`, nodes write `status`: the objects hold all state, so either side may restart at any time.
 
 pub mod conditions;
+pub mod crds;
 pub mod names;
 pub mod v1alpha1;
 
