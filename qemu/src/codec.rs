@@ -225,8 +225,9 @@ impl<'a> Message<'a> {
 /// The caller's type out of an answer.
 pub(crate) fn decode<T: DeserializeOwned>(command: &str, answer: Answer) -> Result<T> {
     match answer {
-        Ok(value) => serde_json::from_str(value.get())
-            .map_err(|source| Error::Decode { command: command.to_owned(), source }),
+        Ok(value) => {
+            serde_json::from_str(value.get()).map_err(|source| Error::Decode { command: command.to_owned(), source })
+        }
         Err(Refusal { class, desc }) => {
             Err(Error::Command { command: command.to_owned(), class: shorten(class), desc: shorten(desc) })
         }
