@@ -14,8 +14,8 @@ use crate::{Cache, Invocation, Process, await_condition, free_port};
 /// From exec to `readyz`; some 6 s on two idle cores.
 const READY: Duration = Duration::from_secs(90);
 
-/// Whether Kubernetes' own controllers run: without them no garbage collection, no namespace deletion, no service accounts'
-/// default, and a start that is a second shorter.
+/// Whether Kubernetes' own controllers run. Without them nothing collects garbage, finishes the deletion of a namespace or
+/// makes default service accounts; a test that needs none of these starts faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Controllers {
     /// etcd and the API server alone.

@@ -1,2 +1,42 @@
-//! Entry point.
-fn main() {}
+//! Everything one does with this repository, with nothing but cargo: `cargo xtask --help`.
+
+mod codegen;
+mod lint;
+mod progress;
+mod setup;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Everything one does with this repository", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install and build what the end-to-end tests need; seconds when all is there
+    Setup,
+    /// Write CRDs and other generated files
+    Codegen {
+        /// Write nothing; fail if a file is not as it would be written
+        #[arg(long)]
+        check: bool,
+    },
+    /// Check formatting and run clippy
+    Lint,
+    /// Run all checks and tests, cheapest first
+    Test(test::Options),
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Setup => setup::run(),
+        Command::Codegen { check } => codegen::run(check),
+        Command::Lint => lint::run(),
+        Command::Test(options) => test::run(&options),
+    }
+}

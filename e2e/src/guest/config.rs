@@ -1,0 +1,104 @@
+//! What a guest is made of.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::Disk;
+
+/// What the guest does with its disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// Mounts them and leaves them alone.
+    None,
+    /// The witness: a record on each disk, synced, over and over.
+    Light,
+    /// The witness and two writers that fill the page cache and never sync.
+    Heavy,
+}
+
+impl Load {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Light => "light",
+            Self::Heavy => "heavy",
+        }
+    }
+}
+
+/// Whether the guest runs qemu-ga.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agent {
+    /// It does, and reports through `qga.sock`.
+    On,
+    /// The port is there and nobody in the guest opens it.
+    Off,
+}
+
+/// How the disks stand on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// `-blockdev`, with node names `file-vda` and `fmt-vda`.
+    Blockdev,
+    /// `-drive`, with node names that QEMU makes up.
+    Drive,
+}
+
+/// A guest to boot: change what a test is about, keep the rest.
+#[derive(Clone, Debug)]
+pub struct GuestConfig {
+    /// Name of the VM.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Root of the directories with the sockets for the agent: `<vm_root>/<namespace>/<name>/{qmp,qga}.sock`.
+    pub vm_root: PathBuf,
+    /// For what is ours alone: private sockets, console, log.
+    pub directory: PathBuf,
+    /// At most four, `vda` first; the witness is on the first two.
+    pub disks: Vec<Disk>,
+    /// What it does.
+    pub load: Load,
+    /// Pause of a writer after each record.
+    pub writer_pause: Duration,
+    /// Whether it has a guest agent.
+    pub agent: Agent,
+    /// How its disks are given.
+    pub style: Style,
+    /// Memory in MiB; 128 is the least that boots.
+    pub memory_mib: u32,
+    /// More arguments for QEMU.
+    pub extra_arguments: Vec<String>,
+}
+
+impl GuestConfig {
+    /// Light load with an agent, disks by `-blockdev`; everything of its own beneath `directory`.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str, vm_root: &Path, directory: &Path) -> Self {
+        Self {
+            name: name.to_owned(),
+            namespace: namespace.to_owned(),
+            vm_root: vm_root.to_owned(),
+            directory: directory.to_owned(),
+            disks: Vec::new(),
+            load: Load::Light,
+            writer_pause: Duration::from_millis(10),
+            agent: Agent::On,
+            style: Style::Blockdev,
+            memory_mib: 192,
+            extra_arguments: Vec::new(),
+        }
+    }
+
+    /// Where `qmp.sock` and `qga.sock` are.
+    #[must_use]
+    pub fn socket_directory(&self) -> PathBuf {
+        self.vm_root.join(&self.namespace).join(&self.name)
+    }
+
+    /// A file of its private directory.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+}

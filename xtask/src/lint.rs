@@ -1,0 +1,16 @@
+//! Formatting and clippy.
+
+use anyhow::Result;
+
+use crate::progress::{self, cargo, line, say};
+
+/// Fails on the first file that is not formatted and on any warning.
+pub fn run() -> Result<()> {
+    for arguments in ["fmt --all --check", "clippy --quiet --workspace --all-targets -- -D warnings"] {
+        let mut command = cargo();
+        command.args(arguments.split(' '));
+        say(format_args!("lint: {}", line(&command)));
+        progress::run(&mut command)?;
+    }
+    Ok(())
+}

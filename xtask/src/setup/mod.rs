@@ -1,0 +1,26 @@
+//! Makes a bare Debian 12 with Rust and Go ready for the end-to-end tests, as root: packages, control plane, guest.
+
+mod control_plane;
+mod guest;
+mod initramfs;
+mod packages;
+mod stamp;
+
+use anyhow::{Result, ensure};
+use freezeframe_e2e::Cache;
+
+use crate::progress::say;
+
+/// Does what is missing, and only that.
+pub fn run() -> Result<()> {
+    let cache = Cache::locate()?;
+    say(format_args!("setup: into {}", cache.root().display()));
+    let debian = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    ensure!(debian.contains("VERSION_CODENAME=bookworm"), "setup knows Debian 12 (bookworm) alone");
+    let mut apt = packages::Apt::default();
+    apt.install_missing()?;
+    control_plane::build(&cache)?;
+    guest::build(&cache, &mut apt)?;
+    say("setup: done");
+    Ok(())
+}
