@@ -15,10 +15,12 @@ pub struct DiskSelection {
     /// Only these disks. Set by the user; all when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
     pub include: Vec<DiskName>,
     /// All disks but these. Set by the user; none is left out when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
     pub exclude: Vec<DiskName>,
 }
 

@@ -1,4 +1,5 @@
 //! Version `v1alpha1`: one file a kind, and one for each piece that two kinds share.
+#![allow(clippy::duplicated_attributes, reason = "every printer column has its own `type_`")]
 
 mod consistency;
 mod disks;

@@ -11,7 +11,7 @@ pub enum Pause {
     /// Where a storage layer needs it, or nothing could be frozen.
     #[default]
     Auto,
-    /// Always.
+    /// Over every cut.
     Always,
 }
 

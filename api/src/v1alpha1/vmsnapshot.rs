@@ -61,6 +61,7 @@ pub enum Phase {
     printcolumn(name = "Message", type_ = "string", json_path = ".status.message", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
+// The rule of a field that is absent before or after isn't looked at.
 #[x_kube(
     validation = Rule::new("has(self.className) == has(oldSelf.className)").message("className is immutable")
 )]
@@ -98,6 +99,8 @@ pub struct VMSnapshotSpec {
     pub failure_deadline: Duration,
     /// What happens to the data when this object is deleted. Set by the user, at any time; the class's when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    // As the enumeration itself, because an optional one loses the description above.
+    #[schemars(with = "DeletionPolicy")]
     pub deletion_policy: Option<DeletionPolicy>,
     /// Keeps the snapshot from being deleted while it is true. Set by the user, at any time; false when absent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -17,6 +17,7 @@ pub struct ClassDriver {
     pub name: DriverName,
     /// The driver's parameters, opaque to the API and checked by the driver when the class is used.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 4096}))]
     pub parameters: BTreeMap<String, String>,
 }
 

@@ -13,10 +13,13 @@ use crate::names::NodeName;
 #[serde(rename_all = "camelCase")]
 pub struct SnapshotRef {
     /// Namespace of the VMSnapshot, and so of its VM.
+    #[schemars(length(min = 1, max = 63))]
     pub namespace: String,
     /// Name of the VMSnapshot.
+    #[schemars(length(min = 1, max = 253))]
     pub name: String,
     /// UID of the VMSnapshot: another one of the same name is another snapshot.
+    #[schemars(length(min = 1, max = 63))]
     pub uid: String,
 }
 
@@ -54,6 +57,10 @@ pub enum ContentPhase {
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
+// The rule of a field that is absent before or after isn't looked at.
+#[x_kube(
+    validation = Rule::new("has(self.drivers) == has(oldSelf.drivers)").message("drivers is immutable")
+)]
 pub struct VMSnapshotContentSpec {
     /// The node whose agent does the work.
     #[x_kube(validation = Rule::new("self == oldSelf").message("nodeName is immutable"))]
@@ -62,7 +69,7 @@ pub struct VMSnapshotContentSpec {
     #[x_kube(validation = Rule::new("self == oldSelf").message("vmSnapshotRef is immutable"))]
     pub vm_snapshot_ref: SnapshotRef,
     /// The VM: a VMTarget of the snapshot's namespace on that node.
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("vmName is immutable"))]
     pub vm_name: String,
     /// The class's drivers, best first; the agent's own order when empty.
@@ -97,6 +104,8 @@ pub struct VMSnapshotContentStatus {
     pub observed_generation: Option<i64>,
     /// How far the node is. Absent before the cut.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    // As the enumeration itself, because an optional one loses the description above.
+    #[schemars(with = "ContentPhase")]
     pub phase: Option<ContentPhase>,
     /// The instant of the cut, by the node's clock, in microseconds. Absent before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

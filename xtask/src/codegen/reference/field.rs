@@ -53,9 +53,11 @@ impl<'a> Field<'a> {
     /// The field's rules in CEL, each as message and expression.
     pub(super) fn rules(&self) -> impl Iterator<Item = String> {
         let place = if self.path.is_empty() { String::new() } else { format!("`{}`: ", self.path) };
-        self.schema.x_kubernetes_validations.iter().flatten().map(move |rule| {
-            format!("{place}{}: `{}`", rule.message.as_deref().unwrap_or("refused unless"), rule.rule)
-        })
+        self.schema
+            .x_kubernetes_validations
+            .iter()
+            .flatten()
+            .map(move |rule| format!("{place}{}: `{}`", rule.message.as_deref().unwrap_or("refused unless"), rule.rule))
     }
 }
 
