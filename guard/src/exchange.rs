@@ -1,0 +1,106 @@
+//! The disk's name and the new layer's name change hands.
+//!
+//! After the cut the VM writes into a new layer, while its command line still names the old one. The exchange gives the
+//! new layer the old one's name. Agent and guard may both come to it, one of them late, so it holds a lock on the
+//! directory from looking to renaming: swapped twice is not swapped.
+
+use std::io;
+use std::path::PathBuf;
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::record::is_component;
+
+/// Two names in one directory that change hands at the cut.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exchange {
+    /// Absolute path of the directory of both.
+    pub directory: PathBuf,
+    /// The disk's own name, the one on the VM's command line.
+    pub a: String,
+    /// The new layer's temporary name.
+    pub b: String,
+    /// Inode that the name `a` has *before* the exchange; any other means that it was done.
+    pub a_inode: u64,
+    /// QEMU's node of the new layer: the cut took place if a device writes to it.
+    pub when_active: String,
+    /// How they change hands.
+    pub kind: Kind,
+}
+
+/// How two names change hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// `a` and `b` swap; the old layer lives on under the name `b`.
+    Swap,
+    /// `b` is renamed over `a`; the old layer loses its name.
+    Replace,
+}
+
+/// What [`Exchange::apply`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// The names changed hands in this call.
+    Now,
+    /// `a` had another inode already; nothing was renamed.
+    Before,
+}
+
+/// Why the names could not change hands.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The directory could not be opened.
+    #[error("open the directory of the exchange")]
+    Open(#[source] io::Error),
+    /// Someone else is at it; try again.
+    #[error("the directory of the exchange is locked by another process")]
+    Busy,
+    /// The lock could not be taken.
+    #[error("lock the directory of the exchange")]
+    Lock(#[source] io::Error),
+    /// The name `a` could not be looked up.
+    #[error("look up the disk's name")]
+    LookUp(#[source] io::Error),
+    /// The rename failed; both names are as they were.
+    #[error("exchange the names")]
+    Rename(#[source] io::Error),
+    /// The names may have changed hands, but a crash of the host could undo it.
+    #[error("sync the directory of the exchange")]
+    Sync(#[source] io::Error),
+}
+
+impl Exchange {
+    /// Exchanges the names unless that was done before, and syncs the directory. Blocks on the file system.
+    ///
+    /// Whether the cut took place is for the caller to know.
+    pub fn apply(&self) -> Result<Applied, Error> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(&self.directory, flags, Mode::empty()).map_err(|e| Error::Open(e.into()))?;
+        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Busy),
+            locked => locked.map_err(|e| Error::Lock(e.into()))?,
+        }
+        let found = rustix::fs::statat(&directory, &self.a, AtFlags::SYMLINK_NOFOLLOW);
+        let applied = if found.map_err(|e| Error::LookUp(e.into()))?.st_ino == self.a_inode {
+            let flags = match self.kind {
+                Kind::Swap => RenameFlags::EXCHANGE,
+                Kind::Replace => RenameFlags::empty(),
+            };
+            rustix::fs::renameat_with(&directory, &self.b, &directory, &self.a, flags)
+                .map_err(|e| Error::Rename(e.into()))?;
+            Applied::Now
+        } else {
+            Applied::Before
+        };
+        // Also when it was done before: whoever did it may have died ahead of the sync.
+        rustix::fs::fsync(&directory).map_err(|e| Error::Sync(e.into()))?;
+        Ok(applied)
+    }
+
+    pub(crate) fn is_confined(&self) -> bool {
+        let names = is_component(&self.a) && is_component(&self.b) && self.a != self.b;
+        self.directory.is_absolute() && names && !self.when_active.is_empty()
+    }
+}
