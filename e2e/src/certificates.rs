@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use crate::tool::run_command;
 
 /// Names under which the API server may be reached.
-const SERVER_NAMES: &str = "IP:127.0.0.1,IP:10.0.0.1,DNS:localhost,DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc";
+const SERVER_NAMES: &str =
+    "IP:127.0.0.1,IP:10.0.0.1,DNS:localhost,DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc";
 
 /// The authority and what it has signed, as `<name>.key` and `<name>.crt` in one directory.
 #[derive(Debug)]
@@ -35,8 +36,9 @@ impl Certificates {
 
     /// A client certificate of `user` in `groups`, and a kubeconfig `<name>.kubeconfig` that uses it.
     pub(crate) fn client(&self, name: &str, user: &str, groups: &[&str], server: &str) -> Result<PathBuf> {
-        let groups: String = groups.iter().map(|group| format!("/O={group}")).collect();
-        self.sign(name, &format!("{groups}/CN={user}"), "clientAuth", None)?;
+        let organizations = groups.iter().map(|group| format!("/O={group}"));
+        let subject: Vec<_> = organizations.chain([format!("/CN={user}")]).collect();
+        self.sign(name, &subject.concat(), "clientAuth", None)?;
         let path = self.path(&format!("{name}.kubeconfig"));
         let file = |suffix: &str| self.path(&format!("{name}.{suffix}")).display().to_string();
         let kubeconfig = serde_json::json!({
@@ -55,7 +57,9 @@ impl Certificates {
         std::fs::write(self.path(&format!("{name}.ext")), format!("extendedKeyUsage={usage}\n{alternative}"))?;
         let subject = OsString::from(subject);
         let mut request = Command::new("openssl");
-        request.args(["req", "-new", "-out", &format!("{name}.csr"), "-key", &format!("{name}.key"), "-subj"]).arg(subject);
+        request
+            .args(["req", "-new", "-out", &format!("{name}.csr"), "-key", &format!("{name}.key"), "-subj"])
+            .arg(subject);
         run_command(request.current_dir(&self.directory))?;
         self.openssl(&format!(
             "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 3650 -out {name}.crt -extfile {name}.ext"

@@ -58,7 +58,11 @@ impl Invocation {
     }
 
     fn command(&self, log: &Path) -> Result<Command> {
-        let log = File::options().create(true).append(true).open(log).with_context(|| format!("opening {log:?}"))?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("opening {}", log.display()))?;
         // setpriv sets the parent-death signal and then becomes the program: the pid is the program's own.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).args(self.line());
@@ -103,7 +107,8 @@ impl Process {
         if let Some(status) = self.exit_status()? {
             bail!("{} has already ended: {status}", self.name);
         }
-        kill_process(Pid::from_child(&self.child), signal).with_context(|| format!("sending {signal:?} to {}", self.name))
+        kill_process(Pid::from_child(&self.child), signal)
+            .with_context(|| format!("sending {signal:?} to {}", self.name))
     }
 
     /// SIGKILL, then reaped.

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use freezeframe_e2e::{
-    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Style, verify_by_booting, witness,
+    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Style, verify_by_booting,
+    witness,
 };
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use kube::Api;

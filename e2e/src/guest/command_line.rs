@@ -10,8 +10,7 @@ use crate::{Cache, Disk, Invocation};
 /// KVM is never used: the device may be there and yet boot nothing, and results must not depend on it.
 const MACHINE: &str = "-machine pc -accel tcg,thread=multi,tb-size=64 -cpu max -smp 1 \
                        -nodefaults -no-user-config -display none -no-reboot -device virtio-serial-pci";
-const KERNEL: &str =
-    "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on mitigations=off";
+const KERNEL: &str = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on mitigations=off";
 
 /// QEMU's whole command line for this guest.
 pub(super) fn build(cache: &Cache, config: &GuestConfig) -> Result<Invocation> {

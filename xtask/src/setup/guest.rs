@@ -16,7 +16,7 @@ const AGENT: &str = "qemu-guest-agent";
 const BUSYBOX: &str = "busybox-static";
 
 /// Loaded at boot, in this order. File systems besides: the kernel asks for these when they are mounted.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng"];
+const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
 const FILESYSTEM_MODULES: &[&str] = &["xfs", "btrfs"];
 
 /// Builds `vmlinuz` and `initrd` unless they are there from these sources.
@@ -96,7 +96,7 @@ fn copy_modules(tree: &Initramfs, unpacked: &Path, release: &str) -> Result<()> 
             tree.copy(&unpacked.join(&base).join(path), &base.join(path).to_string_lossy())?;
         }
     }
-    for list in ["modules.builtin", "modules.order"] {
+    for list in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
         tree.copy(&unpacked.join(&base).join(list), &base.join(list).to_string_lossy())?;
     }
     tree.depmod(release)
