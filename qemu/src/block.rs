@@ -27,6 +27,10 @@ const FILTERS: [&str; 12] = [
     "commit_top",
 ];
 
+/// Far above any honest graph; they bound the work that a liar's graph, also one with cycles, can cause.
+const MAX_LAYERS: usize = 1024;
+const MAX_FILTERS: usize = 64;
+
 /// Disks and nodes of one VM at one moment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BlockGraph {
@@ -85,7 +89,7 @@ pub struct Node {
     pub dirty_bitmaps: Vec<Value>,
     /// Whether QEMU made the name up (`#block123`): it changes at every start, and the node can't be reopened.
     pub auto_named: bool,
-    /// How many backing images are below it.
+    /// How many backing images are below it, filters left out.
     pub backing_depth: u64,
 }
 
@@ -102,7 +106,7 @@ pub struct Cache {
 }
 
 impl BlockGraph {
-    /// Reads the graph; each of the three or four questions may take `timeout`.
+    /// Reads the graph; each of the three to five questions may take `timeout`.
     ///
     /// The answers are not of one instant: read it while nobody changes the graph.
     pub async fn read(qmp: &Qmp, timeout: Duration) -> Result<Self> {
@@ -111,7 +115,18 @@ impl BlockGraph {
         links::join(&mut nodes, qmp, timeout).await?;
         let mut graph = Self { disks: Vec::new(), nodes };
         graph.disks = drives.into_iter().map(|disk| graph.with_top(disk)).collect();
+        graph.count_layers();
         Ok(graph)
+    }
+
+    /// QEMU's own count is 0 for all nodes in a flat listing (seen on 7.2).
+    fn count_layers(&mut self) {
+        let depths = self.nodes.keys().map(|name| (name.clone(), self.chain(name).len().saturating_sub(1) as u64));
+        for (name, depth) in depths.collect::<Vec<_>>() {
+            if let Some(node) = self.nodes.get_mut(&name) {
+                node.backing_depth = depth;
+            }
+        }
     }
 
     fn with_top(&self, mut disk: Disk) -> Disk {
@@ -136,14 +151,14 @@ impl BlockGraph {
         self.nodes.values()
     }
 
-    /// The image layers from this node down: each with the next one as its backing image, filters left out.
+    /// The image layers from this node down: each with the next one as its backing image, filters left out;
+    /// at most 1024.
     #[must_use]
     pub fn chain(&self, node: &str) -> Vec<&Node> {
         let mut layers: Vec<&Node> = Vec::new();
         let mut next = self.below_filters(node);
         while let Some(layer) = next {
-            // QEMU's graph has no cycles; a liar's may.
-            if layers.len() >= self.nodes.len() {
+            if layers.len() == MAX_LAYERS {
                 break;
             }
             layers.push(layer);
@@ -155,7 +170,7 @@ impl BlockGraph {
     /// This node, or the first one below it that is not a filter.
     fn below_filters(&self, name: &str) -> Option<&Node> {
         let mut node = self.node(name)?;
-        for _ in 0..self.nodes.len() {
+        for _ in 0..MAX_FILTERS {
             if !node.is_filter() {
                 return Some(node);
             }

@@ -6,6 +6,7 @@
 //! of it left and it is skipped, or the connection ends.
 
 use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -263,11 +264,12 @@ impl Link {
         }
         let id = message.id();
         let caller = id.and_then(|id| self.state().waiting.remove(&id));
-        match (caller, message.answer()) {
-            // The caller may have timed out this instant: then nobody wants the answer.
-            (Some(caller), Some(answer)) => drop(caller.send(answer)),
-            _ => debug!(?id, "ignored a message that answers no call"),
-        }
+        let Some((caller, answer)) = caller.zip(message.answer()) else {
+            debug!(?id, "ignored a message that answers no call");
+            return;
+        };
+        // An error says that the caller timed out this instant: then nobody wants the answer.
+        drop(caller.send(answer));
     }
 
     fn publish(&self, message: Message<'_>) {
@@ -287,21 +289,19 @@ impl Link {
 }
 
 async fn read_loop(link: Arc<Link>, mut incoming: Incoming) {
-    let fault = loop {
-        let line = match incoming.line(&link.stream).await {
-            Ok(line) => line,
-            Err(error) => break error,
-        };
-        match Message::parse(&line) {
-            Ok(message) => link.deliver(message),
-            Err(error) => break error,
-        }
-    };
+    let Err(fault) = deliver_all(&link, &mut incoming).await;
     debug!(%fault, "the monitor's connection ended");
     link.close(match fault {
         Error::Protocol { reason } => Some(reason),
         _ => None,
     });
+}
+
+async fn deliver_all(link: &Link, incoming: &mut Incoming) -> Result<Infallible> {
+    loop {
+        let line = incoming.line(&link.stream).await?;
+        link.deliver(Message::parse(&line)?);
+    }
 }
 
 async fn write_loop(link: Arc<Link>, mut queue: mpsc::Receiver<Outgoing>) {

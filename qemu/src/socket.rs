@@ -1,7 +1,7 @@
 //! Opening a VM's socket under a directory that somebody else may write to.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -35,7 +35,7 @@ pub async fn connect_beneath(root: &Path, relative: &Path, timeout: Duration) ->
     let timed_out = |_| Error::Timeout { command: "connect".into(), after: timeout };
     let (root, relative) = (root.to_owned(), relative.to_owned());
     // A path lookup can hang in the kernel on a dead file system, and must not take the runtime's thread with it.
-    let lookup = tokio::task::spawn_blocking(move || open_socket(&root, relative));
+    let lookup = tokio::task::spawn_blocking(move || open_socket(&root, &relative));
     let opened = timeout_at(deadline, lookup).await.map_err(timed_out)?;
     let (socket, device, inode) =
         opened.map_err(|error| Error::Io { doing: "look the socket up", source: error.into() })??;
@@ -46,12 +46,12 @@ pub async fn connect_beneath(root: &Path, relative: &Path, timeout: Duration) ->
     Ok((stream, identity))
 }
 
-fn open_socket(root: &Path, relative: PathBuf) -> Result<(OwnedFd, u64, u64)> {
+fn open_socket(root: &Path, relative: &Path) -> Result<(OwnedFd, u64, u64)> {
     let io = |doing| move |error: rustix::io::Errno| Error::Io { doing, source: error.into() };
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, root, flags | OFlags::DIRECTORY, Mode::empty()).map_err(io("open the root"))?;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let socket = rustix::fs::openat2(&root, &relative, flags, Mode::empty(), resolve).map_err(io("open the socket"))?;
+    let socket = rustix::fs::openat2(&root, relative, flags, Mode::empty(), resolve).map_err(io("open the socket"))?;
     let found = rustix::fs::fstat(&socket).map_err(io("examine the socket"))?;
     if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
         return Err(Error::NotASocket { path: relative.display().to_string() });

@@ -7,8 +7,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Cache, Disk, Node};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::qmp::Qmp;
+
+/// Two hundred disks with twenty layers each; with the limit on a chain's length it bounds the work on a graph.
+const MAX_NODES: usize = 8192;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -53,8 +56,6 @@ struct RawNode {
     cache: Cache,
     #[serde(default, rename = "detect_zeroes")]
     detect_zeroes: String,
-    #[serde(default, rename = "backing_file_depth")]
-    backing_file_depth: u64,
     #[serde(default)]
     image: Image,
     #[serde(default)]
@@ -83,6 +84,9 @@ pub(super) async fn drives(qmp: &Qmp, timeout: Duration) -> Result<Vec<Disk>> {
 
 pub(super) async fn nodes(qmp: &Qmp, timeout: Duration) -> Result<HashMap<String, Node>> {
     let nodes: Vec<RawNode> = qmp.execute("query-named-block-nodes", json!({ "flat": true }), timeout).await?;
+    if nodes.len() > MAX_NODES {
+        return Err(Error::protocol(format!("its block graph has {} nodes, more than {MAX_NODES}", nodes.len())));
+    }
     Ok(nodes.into_iter().filter_map(named).collect())
 }
 
@@ -111,22 +115,24 @@ impl From<RawDrive> for Disk {
 impl From<RawNode> for Node {
     fn from(raw: RawNode) -> Self {
         let name = raw.node_name.unwrap_or_default();
-        let child =
-            |role: &str| raw.children.iter().find(|child| child.child == role).map(|child| child.node_name.clone());
-        Self {
+        let mut node = Self {
             auto_named: name.starts_with('#'),
-            backing: child("backing"),
-            file_child: child("file"),
             name,
             driver: raw.drv,
             file: raw.file,
             read_only: raw.ro,
             virtual_size: raw.image.virtual_size,
+            backing: None,
+            file_child: None,
             encrypted: raw.encrypted,
             cache: raw.cache,
             detect_zeroes: raw.detect_zeroes,
             dirty_bitmaps: raw.dirty_bitmaps,
-            backing_depth: raw.backing_file_depth,
+            backing_depth: 0,
+        };
+        for child in raw.children {
+            node.link(&child.child, child.node_name);
         }
+        node
     }
 }
