@@ -2,8 +2,9 @@
 //! programs, and a witness that looks at the resulting images from outside.
 //!
 //! Everything that is started here ends with its owner: on drop, and also when the owning process dies without dropping.
-//! Only `/tests` use this crate as a whole; `xtask` uses [`Cache`] to know where to put what it builds.
+//! The tests use this crate as a whole; `xtask setup` uses [`Cache`] to know where to put what it builds.
 
+mod admin;
 mod cache;
 mod certificates;
 mod control_plane;

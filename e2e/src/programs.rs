@@ -6,11 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
-use crate::{Invocation, Process, await_condition, free_port};
+use crate::{Invocation, Process, admin, await_condition, free_port};
 
 /// A program that ends on SIGTERM does so within this.
 const TERMINATED: Duration = Duration::from_secs(30);
-const GUARD_LISTENS: Duration = Duration::from_secs(15);
+const READY: Duration = Duration::from_secs(30);
 
 /// Where the programs of one node work.
 #[derive(Clone, Debug)]
@@ -49,16 +49,19 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Starts the guard, waits until it listens, then starts agent and operator.
+    /// Starts the guard, waits until it listens, then starts agent and operator and waits until they are ready.
     pub async fn start(site: &Site) -> Result<Self> {
         let mut guard = Program::guard(site)?;
         let socket = guard_socket(site);
-        await_condition("the guard to listen", GUARD_LISTENS, async || {
+        await_condition("the guard to listen", READY, async || {
             guard.process.ensure_running()?;
             Ok(socket.exists().then_some(()))
         })
         .await?;
-        Ok(Self { operator: Program::operator(site)?, agent: Program::agent(site)?, guard })
+        let (mut operator, mut agent) = (Program::operator(site)?, Program::agent(site)?);
+        operator.await_ready().await?;
+        agent.await_ready().await?;
+        Ok(Self { operator, agent, guard })
     }
 }
 
@@ -105,10 +108,27 @@ impl Program {
         self.process.pid()
     }
 
-    /// Where it answers probes and shows its metrics.
-    #[must_use]
-    pub fn metrics_port(&self) -> Option<u16> {
-        self.metrics_port
+    /// Waits until its readiness probe succeeds.
+    pub async fn await_ready(&mut self) -> Result<()> {
+        let port = self.metrics_port()?;
+        await_condition(&format!("the {} to be ready", self.name), READY, async || {
+            self.process.ensure_running()?;
+            let (code, body) = admin::get(port, "/readyz").await?;
+            ensure!(code == 200, "/readyz answers {code}: {body}");
+            Ok(Some(()))
+        })
+        .await
+    }
+
+    /// Its metrics, in the Prometheus text format.
+    pub async fn metrics(&self) -> Result<String> {
+        let (code, body) = admin::get(self.metrics_port()?, "/metrics").await?;
+        ensure!(code == 200, "/metrics answers {code}: {body}");
+        Ok(body)
+    }
+
+    fn metrics_port(&self) -> Result<u16> {
+        self.metrics_port.with_context(|| format!("the {} has no administrative port", self.name))
     }
 
     /// Everything it has printed, over all its lives.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use freezeframe_e2e::{
-    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Style, verify_by_booting,
-    witness,
+    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Program, Site, Style,
+    await_condition, await_object, verify_by_booting, witness,
 };
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use kube::Api;
@@ -31,7 +31,7 @@ async fn the_control_plane_answers_goes_away_and_comes_back() -> Result<()> {
     assert!(plane.kubectl(&["version"])?.contains("Server Version: v1.36.4"), "the build stamps its version");
 
     let accounts = Api::<ServiceAccount>::namespaced(plane.client().await?, "default");
-    freezeframe_e2e::await_object(&accounts, "default", "the controllers to work", SOON, |_| true).await?;
+    await_object(&accounts, "default", "the controllers to work", SOON, |_| true).await?;
 
     plane.stop_apiserver()?;
     assert!(namespaces.get_opt("default").await.is_err());
@@ -103,10 +103,8 @@ async fn the_heartbeat_shows_a_pause_and_a_guest_without_agent_still_beats() -> 
     let paused = Instant::now();
     guest.monitor().execute("stop", serde_json::json!({})).await?;
     let still = Duration::from_millis(1500);
-    freezeframe_e2e::await_condition("a pause that shows", SOON, async || {
-        Ok((guest.heartbeat_gap(paused) > still).then_some(()))
-    })
-    .await?;
+    await_condition("a pause that shows", SOON, async || Ok((guest.heartbeat_gap(paused) > still).then_some(())))
+        .await?;
     guest.monitor().execute("cont", serde_json::json!({})).await?;
     guest.await_records(20, SOON).await?;
     assert!(guest.heartbeat_gap(paused) > still);
@@ -117,4 +115,27 @@ async fn the_heartbeat_shows_a_pause_and_a_guest_without_agent_still_beats() -> 
     report.ensure_frozen()?;
     assert!(report.disks[2].records.whole > 0, "the third disk has a writer of its own");
     Ok(())
+}
+
+#[tokio::test]
+async fn a_program_is_killed_stopped_restarted_and_told_to_end() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let site = Site {
+        node_name: "node-1".into(),
+        vm_root: directory.path().join("vms"),
+        image_roots: Vec::new(),
+        directory: directory.path().to_owned(),
+        kubeconfig: directory.path().join("none"),
+    };
+    let mut guard = Program::guard(&site)?;
+    guard.stop()?;
+    assert!(guard.is_running()?);
+    guard.cont()?;
+    guard.kill_9()?;
+    assert!(!guard.is_running()?);
+    assert!(guard.kill_9().is_err(), "it is gone, and its process id may be another's");
+
+    guard.restart()?;
+    await_condition("the guard to listen", SOON, async || Ok(guard.log()?.contains("guarding").then_some(()))).await?;
+    guard.terminate()
 }
