@@ -50,7 +50,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn stages(options: &Options) -> Vec<Stage> {
-    let units = "test --workspace --exclude freezeframe-e2e";
+    let units = "test --no-fail-fast --workspace --exclude freezeframe-e2e";
     let mut stages: Vec<Stage> = vec![
         ("format and clippy", "cargo xtask lint".into(), Box::new(|_| lint::run())),
         ("unit tests", format!("cargo {units}"), Box::new(move |tally| tests(units, tally))),
@@ -66,7 +66,7 @@ fn stages(options: &Options) -> Vec<Stage> {
 fn end_to_end(topic: Option<&str>) -> Stage {
     let chosen = topic.map(|topic| format!(" --test {topic}")).unwrap_or_default();
     // Each test has a control plane and guests of its own: more than two at once would only wait for one another.
-    let arguments = format!("test --package freezeframe-e2e{chosen} -- --test-threads=2");
+    let arguments = format!("test --no-fail-fast --package freezeframe-e2e{chosen} -- --test-threads=2");
     let rerun = format!("cargo build --workspace --bins && cargo {arguments}");
     let stage = move |tally: &mut Tally| {
         run_command(cargo().args(["build", "--workspace", "--bins"]))?;

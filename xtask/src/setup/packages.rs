@@ -54,7 +54,7 @@ impl Apt {
     /// The package that `package`, a metapackage, stands for.
     pub fn depends_on(&mut self, package: &str) -> Result<String> {
         self.update()?;
-        let depends = capture(Command::new("apt-cache").args(["depends", package]))?;
+        let depends = capture(Command::new("apt-cache").env("LC_ALL", "C").args(["depends", package]))?;
         let first = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: ").map(str::to_owned));
         first.ok_or_else(|| anyhow::anyhow!("{package} depends on nothing: {depends}"))
     }
