@@ -25,9 +25,9 @@ pub struct Guard {
 /// An open window. While it lives, the guard hears from this process; dropping it hands the guest over to the guard.
 #[derive(Debug)]
 pub struct Window {
-    disarm: oneshot::Sender<()>,
+    disarm: Option<oneshot::Sender<()>>,
     lost: watch::Receiver<bool>,
-    heartbeat: Option<JoinHandle<Result<(), Error>>>,
+    heartbeat: JoinHandle<Result<(), Error>>,
 }
 
 /// Why there is no window, or why it did not end well.
@@ -111,22 +111,14 @@ impl Window {
             losing.send_replace(true);
             ended
         });
-        Self { disarm, lost, heartbeat: Some(heartbeat) }
+        Self { disarm: Some(disarm), lost, heartbeat }
     }
 
     /// Ends the window: the guest was seen thawed and running. On an error the guard may act on the VM still.
     pub async fn disarm(mut self) -> Result<(), Error> {
-        let Some(heartbeat) = self.heartbeat.take() else { return Err(Error::Closed) };
-        // Aborts the task if this future is dropped, as if the window had been.
-        let guarded = Self { disarm: oneshot::channel().0, lost: self.lost.clone(), heartbeat: Some(heartbeat) };
-        guarded.finish(std::mem::replace(&mut self.disarm, oneshot::channel().0)).await
-    }
-
-    async fn finish(mut self, disarm: oneshot::Sender<()>) -> Result<(), Error> {
-        // The task is gone if that fails, and what it ended with says why.
-        let _ = disarm.send(());
-        let Some(heartbeat) = self.heartbeat.as_mut() else { return Err(Error::Closed) };
-        heartbeat.await.unwrap_or(Err(Error::Closed))
+        // If that fails the task is at its end already, and says itself why.
+        let _ = self.disarm.take().map(|disarm| disarm.send(()));
+        (&mut self.heartbeat).await.unwrap_or(Err(Error::Closed))
     }
 
     /// Resolves when the guard is no longer with us: it took over or died. Then thaw at once and open no new window.
@@ -144,9 +136,7 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
-        if let Some(heartbeat) = &self.heartbeat {
-            heartbeat.abort();
-        }
+        self.heartbeat.abort();
     }
 }
 
@@ -155,19 +145,16 @@ async fn keep_alive(mut lines: Lines, mut told: oneshot::Receiver<()>) -> Result
     let mut beat = interval(HEARTBEAT);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let due = tokio::select! {
-            told = &mut told => told.is_ok(),
+        tokio::select! {
+            told = &mut told => break told.map_err(|_| Error::Closed)?,
             reply = lines.next::<Reply>() => return reply?.map_or(Err(Error::Closed), |_| Err(Error::Unexpected)),
-            _ = beat.tick() => { within(async { Ok(lines.send(&Request::Alive).await?) }).await?; continue }
-        };
-        if !due {
-            return Err(Error::Closed);
+            _ = beat.tick() => within(async { Ok(lines.send(&Request::Alive).await?) }).await?,
         }
-        within(async { Ok(lines.send(&Request::Disarm).await?) }).await?;
-        return match answer(&mut lines).await? {
-            Reply::Disarmed => Ok(()),
-            _ => Err(Error::Unexpected),
-        };
+    }
+    within(async { Ok(lines.send(&Request::Disarm).await?) }).await?;
+    match answer(&mut lines).await? {
+        Reply::Disarmed => Ok(()),
+        _ => Err(Error::Unexpected),
     }
 }
 

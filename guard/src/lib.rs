@@ -41,12 +41,14 @@
 
 pub mod client;
 mod exchange;
+mod listen;
 mod obligation;
 mod protocol;
 mod reach;
 mod record;
 mod server;
 mod state_dir;
+mod window;
 
 pub use exchange::{Applied, Error as ExchangeError, Exchange, Kind};
 pub use protocol::{Error as ProtocolError, MAX_LINE, Refusal};

@@ -1,6 +1,7 @@
 //! Reaching a VM again, or knowing that it is gone.
 
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -49,17 +50,29 @@ fn is_missing(error: &Error) -> bool {
 }
 
 fn differs(endpoint: &Endpoint, found: &SocketIdentity) -> Option<&'static str> {
-    if endpoint.peer_pid == 0 || found.peer_pid == 0 {
+    let Some(pid) = known_pid(endpoint).filter(|_| found.peer_pid != 0) else {
         let same = (endpoint.device, endpoint.inode) == (found.device, found.inode);
         return (!same).then_some("another socket is in its place");
-    }
+    };
     let started = (endpoint.peer_started, process_started(found.peer_pid));
     let reused = matches!(started, (Some(then), Some(now)) if then != now);
-    (endpoint.peer_pid != found.peer_pid || reused).then_some("another process has its socket")
+    (pid != found.peer_pid || reused).then_some("another process has its socket")
 }
 
 fn process_lives(endpoint: &Endpoint) -> bool {
-    endpoint.peer_started.is_some() && process_started(endpoint.peer_pid) == endpoint.peer_started
+    let started = known_pid(endpoint).and_then(process_started);
+    started.is_some() && started == endpoint.peer_started
+}
+
+/// The VM's pid, if it was seen and means the same process here.
+fn known_pid(endpoint: &Endpoint) -> Option<i32> {
+    let ours = endpoint.pid_namespace.is_some() && endpoint.pid_namespace == pid_namespace();
+    Some(endpoint.peer_pid).filter(|&pid| ours && pid != 0)
+}
+
+/// The pid namespace we live in. Without one, pids prove nothing.
+pub(crate) fn pid_namespace() -> Option<u64> {
+    std::fs::metadata("/proc/self/ns/pid").ok().map(|namespace| namespace.ino())
 }
 
 /// When the process `pid` started, in clock ticks since boot; `None` if it is not seen or has exited.

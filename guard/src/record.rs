@@ -55,6 +55,9 @@ pub struct Endpoint {
     /// When that process started, in clock ticks since boot: a pid alone may be used again.
     #[serde(default)]
     pub peer_started: Option<u64>,
+    /// The pid namespace that `peer_pid` was read in: in another one the number means another process.
+    #[serde(default)]
+    pub pid_namespace: Option<u64>,
 }
 
 impl Endpoint {
@@ -68,6 +71,7 @@ impl Endpoint {
             peer_pid: identity.peer_pid,
             peer_uid: identity.peer_uid,
             peer_started: reach::process_started(identity.peer_pid),
+            pid_namespace: reach::pid_namespace(),
         }
     }
 

@@ -1,24 +1,22 @@
-//! Windows: who is heard, and when the guard acts.
+//! The guard as a whole: what it found at start, who connects, and how it stops.
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{FileType, Mode};
-use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 
 use crate::Timing;
-use crate::obligation::Obligation;
-use crate::protocol::{Lines, Refusal, Reply, Request};
+use crate::listen::listen;
+use crate::protocol::Refusal;
 use crate::record::Record;
 use crate::state_dir::{self, StateDir};
+use crate::window::{serve, settle};
 
 /// Connections and owed windows at once; more wait in the socket's queue.
 const MAX_TASKS: usize = 1024;
@@ -58,35 +56,19 @@ pub enum Error {
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     state: StateDir,
-    timing: Timing,
+    pub(crate) timing: Timing,
+    /// The VM of each open or owed window, by the record's id.
     owed: Mutex<HashMap<String, String>>,
     stopping: watch::Receiver<bool>,
 }
 
 /// A VM's entry in the list of the owed, for as long as the value lives.
 #[derive(Debug)]
-struct Claim {
+pub(crate) struct Claim {
     id: String,
-    shared: Arc<Shared>,
-}
-
-/// How a window ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    Disarm,
-    Act(Cause),
-}
-
-/// Why the guard acts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
-    Broken,
-    Silent,
-    Deadline,
-    Stopping,
-    NotRemoved,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl Server {
@@ -100,7 +82,9 @@ impl Server {
     ) -> Result<Self, Error> {
         let records = state.load()?;
         let shared = Arc::new(Shared { state, timing, owed: Mutex::default(), stopping });
-        let found = records.into_iter().map(|record| (shared.insert(&record), record)).collect();
+        // Not by `claim`: there may be several records of one VM, and each must be settled.
+        let enter = |record| (shared.enter(&mut shared.owed(), &record), record);
+        let found = records.into_iter().map(enter).collect();
         let listener = listen(socket)?;
         Ok(Self { socket: socket.to_owned(), listener, found, shared })
     }
@@ -148,38 +132,40 @@ async fn drain(mut tasks: JoinSet<()>, grace: Duration) -> Result<(), Error> {
 }
 
 impl Shared {
-    async fn told_to_stop(&self) {
+    pub(crate) async fn told_to_stop(&self) {
         // A sender that is gone can never say it.
         if self.stopping.clone().wait_for(|stop| *stop).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
-    fn claim(self: &Arc<Self>, record: &Record) -> Result<Claim, (Refusal, String)> {
+    pub(crate) fn claim(self: &Arc<Self>, record: &Record) -> Result<Claim, (Refusal, String)> {
         if *self.stopping.borrow() {
             return Err((Refusal::Stopping, "the guard is stopping".to_owned()));
         }
-        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut owed = self.owed();
         if owed.contains_key(&record.id) || owed.values().any(|vm| *vm == record.vm) {
             return Err((Refusal::Busy, format!("{} has an open or owed window", record.vm)));
         }
-        owed.insert(record.id.clone(), record.vm.clone());
-        Ok(Claim { id: record.id.clone(), shared: Arc::clone(self) })
+        Ok(self.enter(&mut owed, record))
     }
 
-    /// For records found at start: of those there may be several for one VM, and each must be settled.
-    fn insert(self: &Arc<Self>, record: &Record) -> Claim {
-        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+    fn enter(self: &Arc<Self>, owed: &mut HashMap<String, String>, record: &Record) -> Claim {
         owed.insert(record.id.clone(), record.vm.clone());
         Claim { id: record.id.clone(), shared: Arc::clone(self) }
     }
 
-    fn owes(&self, vm: &str) -> bool {
-        self.owed.lock().unwrap_or_else(PoisonError::into_inner).values().any(|owed| owed == vm)
+    pub(crate) fn owes(&self, vm: &str) -> bool {
+        self.owed().values().any(|owed| owed == vm)
+    }
+
+    fn owed(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        // The map is whole at every moment: a thread that died holding it did no harm.
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `work` on the state directory off the runtime's threads: a sync may take seconds.
-    async fn on_disk<W>(self: &Arc<Self>, work: W) -> io::Result<()>
+    pub(crate) async fn on_disk<W>(self: &Arc<Self>, work: W) -> io::Result<()>
     where
         W: FnOnce(&StateDir) -> Result<(), state_dir::Error> + Send + 'static,
     {
@@ -187,7 +173,7 @@ impl Shared {
         tokio::task::spawn_blocking(move || work(&shared.state)).await?.map_err(io::Error::other)
     }
 
-    async fn remove(self: &Arc<Self>, id: &str) -> io::Result<()> {
+    pub(crate) async fn remove(self: &Arc<Self>, id: &str) -> io::Result<()> {
         let id = id.to_owned();
         self.on_disk(move |state| state.remove(&id)).await
     }
@@ -195,151 +181,6 @@ impl Shared {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.shared.owed.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        self.shared.owed().remove(&self.id);
     }
-}
-
-/// One connection, from its first line to the end of what it owes.
-async fn serve(stream: UnixStream, shared: Arc<Shared>) {
-    let ours = rustix::process::geteuid().as_raw();
-    if !stream.peer_cred().is_ok_and(|peer| peer.uid() == ours) {
-        return tracing::warn!("connection of another user refused");
-    }
-    let mut lines = Lines::new(stream);
-    let reply = match timeout(shared.timing.silence, lines.next()).await {
-        Ok(Ok(Some(Request::Arm(record)))) => return arm(lines, *record, shared).await,
-        Ok(Ok(Some(Request::Owes(vm)))) => Reply::Owes(shared.owes(&vm)),
-        Ok(Ok(Some(request))) => refused(Refusal::Invalid, format!("{request:?} without a window")),
-        Ok(Err(error)) => refused(Refusal::Invalid, error.to_string()),
-        Ok(Ok(None)) | Err(_) => return,
-    };
-    say(&mut lines, &reply, shared.timing.step).await;
-}
-
-async fn arm(mut lines: Lines, record: Record, shared: Arc<Shared>) {
-    let deadline = Instant::now() + Duration::from_millis(record.deadline_millis);
-    match open_window(&record, &shared).await {
-        Ok(claim) => window(lines, claim, record, deadline).await,
-        Err((reason, detail)) => {
-            tracing::error!(vm = record.vm, ?reason, detail, "arm refused");
-            say(&mut lines, &refused(reason, detail), shared.timing.step).await;
-        }
-    }
-}
-
-async fn open_window(record: &Record, shared: &Arc<Shared>) -> Result<Claim, (Refusal, String)> {
-    record.validate().map_err(|invalid| (Refusal::Invalid, invalid.to_string()))?;
-    let claim = shared.claim(record)?;
-    let to_save = record.clone();
-    let saved = shared.on_disk(move |state| state.save(&to_save)).await;
-    saved.map(|()| claim).map_err(|error| (Refusal::Storage, error.to_string()))
-}
-
-/// An open window, to its end and to the end of what it leaves owed.
-async fn window(mut lines: Lines, claim: Claim, record: Record, deadline: Instant) {
-    let shared = Arc::clone(&claim.shared);
-    let descriptors = lines.take_descriptors();
-    let mut end = End::Act(Cause::Broken);
-    if say(&mut lines, &Reply::Armed, shared.timing.step).await {
-        end = listen_to(&mut lines, deadline, &shared).await;
-    }
-    let cause = match end {
-        End::Act(cause) => cause,
-        End::Disarm => match shared.remove(&record.id).await {
-            Ok(()) => {
-                // Before the answer, so that the agent may arm for this VM again at once.
-                drop(claim);
-                say(&mut lines, &Reply::Disarmed, shared.timing.step).await;
-                return;
-            }
-            Err(error) => {
-                say(&mut lines, &refused(Refusal::Storage, error.to_string()), shared.timing.step).await;
-                Cause::NotRemoved
-            }
-        },
-    };
-    tracing::error!(vm = record.vm, id = record.id, ?cause, "the guard takes over");
-    cut_off(&descriptors);
-    drop((lines, descriptors));
-    settle(claim, record).await;
-}
-
-/// Listens to the agent until the window ends.
-async fn listen_to(lines: &mut Lines, deadline: Instant, shared: &Shared) -> End {
-    let mut heard = Instant::now();
-    loop {
-        tokio::select! {
-            // In this order: no flood of lines may hide the deadline, and a line that is there counts as heard.
-            biased;
-            () = sleep_until(deadline) => return End::Act(Cause::Deadline),
-            () = shared.told_to_stop() => return End::Act(Cause::Stopping),
-            line = lines.next() => match line {
-                Ok(Some(Request::Alive)) => heard = Instant::now(),
-                Ok(Some(Request::Disarm)) => return End::Disarm,
-                Ok(Some(Request::Arm(_) | Request::Owes(_)) | None) | Err(_) => return End::Act(Cause::Broken),
-            },
-            () = sleep_until(heard + shared.timing.silence) => return End::Act(Cause::Silent),
-        }
-    }
-}
-
-/// Takes the VM's sockets from whoever shares them. A stopped agent cannot close them; this does it for all copies.
-fn cut_off(descriptors: &[OwnedFd]) {
-    for descriptor in descriptors {
-        match rustix::net::shutdown(descriptor, Shutdown::Both) {
-            Ok(()) | Err(rustix::io::Errno::NOTCONN) => {}
-            Err(error) => tracing::error!(%error, "the agent's connection cannot be shut down"),
-        }
-    }
-}
-
-async fn settle(claim: Claim, record: Record) {
-    let (id, vm) = (record.id.clone(), record.vm.clone());
-    let Shared { timing, .. } = *claim.shared;
-    Obligation::new(record, timing).settle().await;
-    // A record left behind would be acted on at the next start, when the VM is in other hands.
-    while let Err(error) = claim.shared.remove(&id).await {
-        tracing::error!(vm, id, %error, "settled, but the record cannot be removed");
-        sleep(timing.retry).await;
-    }
-    tracing::warn!(vm, id, "settled");
-}
-
-/// Sends `reply`; whether that worked.
-async fn say(lines: &mut Lines, reply: &Reply, bound: Duration) -> bool {
-    matches!(timeout(bound, lines.send(reply)).await, Ok(Ok(())))
-}
-
-fn refused(reason: Refusal, detail: String) -> Reply {
-    Reply::Refused { reason, detail }
-}
-
-fn listen(path: &Path) -> Result<UnixListener, Error> {
-    let failed = |source: io::Error| Error::Listen { path: path.to_owned(), source };
-    match rustix::fs::lstat(path) {
-        Err(rustix::io::Errno::NOENT) => {}
-        Ok(found) if FileType::from_raw_mode(found.st_mode).is_socket() => remove_stale(path)?,
-        Ok(_) => return Err(Error::InUse(path.to_owned())),
-        Err(error) => return Err(failed(error.into())),
-    }
-    open_listener(path).map_err(failed)
-}
-
-fn remove_stale(path: &Path) -> Result<(), Error> {
-    match std::os::unix::net::UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|source| Error::Listen { path: path.to_owned(), source })
-        }
-        _ => Err(Error::InUse(path.to_owned())),
-    }
-}
-
-fn open_listener(path: &Path) -> io::Result<UnixListener> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // Before `bind`, which gives the file the mode of the socket: there is no moment at which others could connect.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, 128)?;
-    UnixListener::from_std(socket.into())
 }

@@ -5,5 +5,6 @@
 mod fake_vm;
 mod harness;
 mod obligations;
+mod program;
 mod records;
 mod windows;

@@ -181,6 +181,17 @@ async fn a_vm_whose_sockets_are_gone_is_gone_unless_its_process_lives() {
 }
 
 #[tokio::test]
+async fn a_pid_of_another_namespace_does_not_make_a_vm_look_gone() {
+    let (vm, harness) = (FakeVm::start("db"), Harness::start());
+    let mut record = vm.record();
+    let agent = record.agent.as_mut().unwrap();
+    (agent.peer_pid, agent.pid_namespace) = (1, Some(1));
+    owe(&harness, record).await;
+    harness.settled().await;
+    assert!(!vm.guest().frozen);
+}
+
+#[tokio::test]
 async fn a_successor_at_the_same_place_is_left_alone() {
     let (mut vm, harness) = (FakeVm::start("db"), Harness::start());
     let mut unseen = vm.record();
