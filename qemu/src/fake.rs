@@ -8,7 +8,7 @@ mod blocks;
 mod qemu;
 mod wire;
 
-pub use agent::{AgentFault, FakeAgent};
+pub use agent::FakeAgent;
 pub use blocks::FakeDisk;
 pub use qemu::FakeQemu;
 

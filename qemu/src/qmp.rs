@@ -299,8 +299,8 @@ async fn read_loop(link: Arc<Link>, mut incoming: Incoming) {
 
 async fn deliver_all(link: &Link, incoming: &mut Incoming) -> Result<Infallible> {
     loop {
-        let line = incoming.line(&link.stream).await?;
-        link.deliver(Message::parse(&line)?);
+        let received = incoming.line(&link.stream).await?;
+        link.deliver(Message::parse(&received)?);
     }
 }
 

@@ -16,15 +16,10 @@ pub struct FakeAgent {
     state: Arc<Mutex<State>>,
 }
 
-/// What a [`FakeAgent`] does wrong with one command.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AgentFault {
-    /// The command, such as `guest-fsfreeze-freeze`.
-    pub command: String,
-    /// What it does instead of answering rightly.
-    pub reaction: Reaction,
-    /// How many times; 0 for always.
-    pub times: u32,
+struct Fault {
+    command: String,
+    reaction: Reaction,
+    once: bool,
 }
 
 struct State {
@@ -33,7 +28,7 @@ struct State {
     thawed_count: Option<u64>,
     exit_code: i64,
     commands: Vec<String>,
-    faults: Vec<AgentFault>,
+    faults: Vec<Fault>,
 }
 
 impl Default for State {
@@ -64,16 +59,16 @@ impl FakeAgent {
 
     /// Makes it react so to this command, always.
     pub fn react(&self, command: &str, reaction: Reaction) {
-        self.fault(command, reaction, 0);
+        self.fault(command, reaction, false);
     }
 
     /// Makes it react so to the next command of this name only.
     pub fn react_once(&self, command: &str, reaction: Reaction) {
-        self.fault(command, reaction, 1);
+        self.fault(command, reaction, true);
     }
 
-    fn fault(&self, command: &str, reaction: Reaction, times: u32) {
-        self.state().faults.push(AgentFault { command: command.into(), reaction, times });
+    fn fault(&self, command: &str, reaction: Reaction, once: bool) {
+        self.state().faults.push(Fault { command: command.into(), reaction, once });
     }
 
     /// Ends all faults.
@@ -121,13 +116,11 @@ impl FakeAgent {
 
 impl State {
     fn reaction(&mut self, command: &str) -> Option<Reaction> {
-        let at = self.faults.iter().position(|fault| fault.command == command)?;
-        let fault = &mut self.faults[at];
-        let reaction = fault.reaction.clone();
-        if fault.times == 1 {
+        let matching = |once: bool| self.faults.iter().position(|fault| fault.command == command && fault.once == once);
+        let at = matching(true).or_else(|| matching(false))?;
+        let reaction = self.faults[at].reaction.clone();
+        if self.faults[at].once {
             self.faults.remove(at);
-        } else {
-            fault.times = fault.times.saturating_sub(1);
         }
         Some(reaction)
     }
