@@ -6,5 +6,6 @@ mod fake_vm;
 mod harness;
 mod obligations;
 mod program;
+mod real_qemu;
 mod records;
 mod windows;
