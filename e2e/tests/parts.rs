@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use freezeframe_e2e::{
-    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Program, Site, Style,
-    await_condition, await_object, verify_by_booting, witness,
+    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Program, Site, Style, World,
+    WorldConfig, await_condition, await_object, verify_by_booting, witness,
 };
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use kube::Api;
@@ -138,4 +138,13 @@ async fn a_program_is_killed_stopped_restarted_and_told_to_end() -> Result<()> {
     guard.restart()?;
     await_condition("the guard to listen", SOON, async || Ok(guard.log()?.contains("guarding").then_some(()))).await?;
     guard.terminate()
+}
+
+#[tokio::test]
+async fn a_world_starts_with_its_programs_ready_and_its_guest_writing() -> Result<()> {
+    let world = World::start(WorldConfig::default()).await?;
+    assert!(world.control_plane.kubectl(&["get", "vmtargets", "--all-namespaces"]).is_ok());
+    assert!(world.programs.agent.metrics().await?.contains("# TYPE"));
+    world.guest()?.await_records(10, SOON).await?;
+    Ok(())
 }

@@ -28,7 +28,7 @@ pub fn build(cache: &Cache) -> Result<()> {
         say("control plane: up to date");
         return Ok(());
     }
-    say("control plane: building (some 8 minutes on two cores when Go's cache is empty)");
+    say("control plane: building (six minutes on two cores when Go has nothing cached)");
     let kubernetes_flags = version_flags(&std::fs::read_to_string(module("k8s").join("go.mod"))?)?;
     for (binary, module_name, package) in BINARIES {
         say(format_args!("control plane: go build {binary}"));
