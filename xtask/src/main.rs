@@ -35,20 +35,18 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    run(Arguments::parse().command).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Setup => setup::run(),
-        Command::Codegen { check } => codegen::run(check),
-        Command::Lint => lint::run(),
-        Command::Test(options) => test::run(&options),
+        Command::Setup => setup::run()?,
+        Command::Codegen { check } => codegen::run(check)?,
+        Command::Lint => lint::run()?,
+        Command::Test(options) => return Ok(test::run(&options)),
     }
+    Ok(ExitCode::SUCCESS)
 }

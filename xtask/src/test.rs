@@ -1,7 +1,7 @@
 //! All checks and tests in stages, cheapest first; the first that fails ends the run.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -30,7 +30,7 @@ struct Tally {
 type Stage = (&'static str, String, Box<dyn FnOnce(&mut Tally) -> Result<()>>);
 
 /// Runs the stages and prints `N passed, N failed` at last.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &Options) -> ExitCode {
     let stages = stages(options);
     let (count, mut tally, mut failure) = (stages.len(), Tally::default(), None);
     for (number, (name, rerun, stage)) in stages.into_iter().enumerate() {
@@ -46,11 +46,7 @@ pub fn run(options: &Options) -> Result<()> {
         say("all stages passed");
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
-    if failure.is_some() {
-        // Said above already; the tally stays the last line.
-        std::process::exit(1);
-    }
-    Ok(())
+    if failure.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 fn stages(options: &Options) -> Vec<Stage> {
