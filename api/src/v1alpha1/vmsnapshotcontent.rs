@@ -13,7 +13,7 @@ use crate::names::NodeName;
 #[serde(rename_all = "camelCase")]
 pub struct SnapshotRef {
     /// Namespace of the VMSnapshot, and so of its VM.
-    #[schemars(length(min = 1, max = 63))]
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub namespace: String,
     /// Name of the VMSnapshot.
     #[schemars(length(min = 1, max = 253))]
