@@ -92,14 +92,10 @@ fn kind(schema: &JSONSchemaProps) -> String {
     if let Some(value) = value(schema) {
         return format!("map to {}", kind(value));
     }
-    let mut text = schema.format.clone().or_else(|| schema.type_.clone()).unwrap_or_default();
-    if let Some(pattern) = &schema.pattern {
-        text.push_str(&format!(" `{pattern}`"));
-    }
-    if let Some(most) = schema.max_length {
-        text.push_str(&format!(", at most {most} characters"));
-    }
-    text
+    let name = schema.format.as_deref().or(schema.type_.as_deref()).unwrap_or_default();
+    let pattern = schema.pattern.as_ref().map(|pattern| format!(" `{pattern}`")).unwrap_or_default();
+    let most = schema.max_length.map(|most| format!(", at most {most} characters")).unwrap_or_default();
+    format!("{name}{pattern}{most}")
 }
 
 fn literal(value: &JSON) -> String {
