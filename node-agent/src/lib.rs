@@ -1,1 +1,15 @@
-//! Node agent.
+//! The per-node agent of Freezeframe.
+//!
+//! [`targets`] publishes the VMs of this node; [`controller`] watches this node's work orders and runs one
+//! [`session`] for each; a session works through [`drivers`] on one VM's [`hypervisor`].
+
+pub mod args;
+pub mod controller;
+mod crash;
+pub mod drivers;
+pub mod hypervisor;
+pub mod locks;
+pub mod metrics;
+mod report;
+pub mod session;
+pub mod targets;

@@ -1,2 +1,59 @@
-//! Entry point.
-fn main() {}
+//! Entry point of the node agent.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser;
+use freezeframe_guard::client::Guard;
+use freezeframe_node_agent::args::Args;
+use freezeframe_node_agent::controller::{self, Context};
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::locks::VmLocks;
+use freezeframe_node_agent::metrics::Metrics;
+use freezeframe_node_agent::session::Sessions;
+use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::targets::Targets;
+use freezeframe_runtime::admin::AdminServer;
+use freezeframe_runtime::readiness::Readiness;
+use freezeframe_runtime::shutdown::Shutdown;
+use freezeframe_runtime::telemetry;
+use prometheus_client::registry::Registry;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    telemetry::init(args.log_format)?;
+    let shutdown = Shutdown::on_signals()?;
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let readiness = Readiness::default();
+    let api_reached = readiness.gate("api");
+    let admin = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness).await?;
+    let admin = tokio::spawn(admin.serve(shutdown.token()));
+
+    let mut roots = args.image_roots.clone();
+    roots.push(args.vm_root.clone());
+    let sessions = Arc::new(Sessions {
+        vm_root: args.vm_root.clone(),
+        roots: ImageRoots::new(roots),
+        guard: Guard::new(&args.guard_socket),
+        journal: Journal::open(args.state_dir.join("contents"))?,
+    });
+    let client = kube::Client::try_default().await.context("failed to read how to reach the Kubernetes API")?;
+    api_reached.open();
+    let locks = VmLocks::default();
+    let targets = Targets {
+        client: client.clone(),
+        node: args.node_name.clone(),
+        sessions: sessions.clone(),
+        locks: locks.clone(),
+        metrics: metrics.clone(),
+    };
+    tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
+    let targets = tokio::spawn(targets.run(shutdown.token()));
+    controller::run(Context { client, sessions, locks, metrics }, &args.node_name, shutdown.token()).await;
+    targets.await.context("publishing targets ended badly")?;
+    admin.await.context("the admin server ended badly")??;
+    tracing::info!("agent ends");
+    Ok(())
+}

@@ -1,0 +1,33 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use freezeframe_runtime::telemetry::LogFormat;
+
+/// Freezes guests, cuts their disks, lets them go.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "freezeframe-agent", version)]
+pub struct Args {
+    /// Name of the Kubernetes node that this agent works for.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: String,
+    /// Where VMs are found: `<root>/<namespace>/<name>/{qmp.sock,qga.sock}`.
+    #[arg(long, default_value = "/run/freezeframe/vms")]
+    pub vm_root: PathBuf,
+    /// Beneath which image files may be. May be given several times; the VM root is always one.
+    #[arg(long = "image-root")]
+    pub image_roots: Vec<PathBuf>,
+    /// Where this agent keeps its journal.
+    #[arg(long, default_value = "/var/lib/freezeframe/agent")]
+    pub state_dir: PathBuf,
+    /// Socket of this node's guard.
+    #[arg(long, default_value = "/run/freezeframe/guard.sock")]
+    pub guard_socket: PathBuf,
+    /// Address of `/metrics`, `/healthz` and `/readyz`.
+    #[arg(long, default_value = "127.0.0.1:9810")]
+    pub metrics_addr: SocketAddr,
+    /// How log lines look: `text` or `json`.
+    #[arg(long, default_value = "text")]
+    pub log_format: LogFormat,
+}

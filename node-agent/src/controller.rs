@@ -1,0 +1,227 @@
+//! Watches this node's work orders and runs a session for each.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent};
+use futures::channel::mpsc;
+use futures::{SinkExt, StreamExt};
+use kube::runtime::controller::{Action, Config as ControllerConfig};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::{Controller, watcher};
+use kube::{Api, Client, ResourceExt};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info_span};
+
+use crate::locks::VmLocks;
+use crate::metrics::Metrics;
+use crate::report::{ReportError, report};
+use crate::session::journal::{JournalError, SessionRecord, Stage};
+use crate::session::order::Order;
+use crate::session::{Progress, Sessions, Turn};
+
+/// How soon what couldn't be removed is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// Longest time between two tries of a report.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// How often the journal is compared with the cluster.
+const SWEEP: Duration = Duration::from_secs(600);
+
+/// What a reconcile needs.
+pub struct Context {
+    /// The API.
+    pub client: Client,
+    /// The sessions of this node.
+    pub sessions: Arc<Sessions>,
+    /// One operation per VM.
+    pub locks: VmLocks,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// Why a work order couldn't be served to its end this time.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Report(#[from] ReportError),
+}
+
+struct Shared {
+    context: Context,
+    store: Store<VMSnapshotContent>,
+    moved: mpsc::Sender<ObjectRef<VMSnapshotContent>>,
+}
+
+/// Runs until `stop`; sessions under way are finished first, so no window is left open.
+pub async fn run(context: Context, node: &str, stop: CancellationToken) {
+    let contents: Api<VMSnapshotContent> = Api::all(context.client.clone());
+    let watched = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
+    let (moved, to_follow) = mpsc::channel(64);
+    let controller = Controller::new(contents, watched);
+    let store = controller.store();
+    let shared = Arc::new(Shared { context, store, moved });
+    recover(&shared);
+    tokio::spawn(stop.clone().run_until_cancelled_owned(sweep(shared.clone())));
+    controller
+        .with_config(ControllerConfig::default().concurrency(64))
+        .reconcile_on(to_follow)
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(reconcile, |content, error, shared| error_policy(&content, error, &shared), shared)
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::warn!(error = crate::session::outcome::chain(&error), "work order not finished");
+            }
+        })
+        .await;
+}
+
+fn error_policy(content: &VMSnapshotContent, error: &Error, _: &Shared) -> Action {
+    tracing::warn!(content = content.name_any(), error = crate::session::outcome::chain(error), "will try again");
+    let jitter = content.uid().map_or(0, |uid| uid.bytes().map(u64::from).sum::<u64>() % 1000);
+    Action::requeue(LONGEST_BACKOFF / 10 + Duration::from_millis(jitter))
+}
+
+async fn reconcile(content: Arc<VMSnapshotContent>, shared: Arc<Shared>) -> Result<Action, Error> {
+    let order = Order::new(&content);
+    let (namespace, name) = &order.snapshot;
+    let span = info_span!("session", snapshot = format!("{namespace}/{name}"), vm = %order.vm);
+    serve(&content, &order, &shared).instrument(span).await
+}
+
+async fn serve(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> Result<Action, Error> {
+    if content.metadata.deletion_timestamp.is_some() {
+        return delete(content, order, shared).await;
+    }
+    if let Some(settled) = settled(order, shared)? {
+        report(&shared.context.client, content, &settled.status.unwrap_or_default()).await?;
+        return Ok(Action::await_change());
+    }
+    let _turn = shared.context.locks.turn(&order.vm).await;
+    let asked = Asked { store: &shared.store, content };
+    loop {
+        match shared.context.sessions.advance(order, &asked).await? {
+            Turn::Over(status) => {
+                shared.context.metrics.session_ended(&status);
+                report(&shared.context.client, content, &status).await?;
+                return Ok(Action::await_change());
+            }
+            Turn::Report(status) => {
+                report(&shared.context.client, content, &status).await?;
+                if status.phase == Some(ContentPhase::Failed) {
+                    return Ok(Action::requeue(TRY_AGAIN));
+                }
+            }
+        }
+    }
+}
+
+/// A record that needs no more work, if that is what the journal has.
+fn settled(order: &Order, shared: &Shared) -> Result<Option<SessionRecord>, JournalError> {
+    let record = shared.context.sessions.journal.load(&order.uid)?;
+    Ok(record.filter(|record| !matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed)))
+}
+
+async fn delete(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> Result<Action, Error> {
+    if content.finalizers().is_empty() {
+        return Ok(Action::await_change());
+    }
+    let _turn = shared.context.locks.turn(&order.vm).await;
+    let deletion = shared.context.sessions.delete(order).await?;
+    for name in &deletion.moved {
+        // The other end is the controller itself; if it is gone, so is the need.
+        let _ = shared.moved.clone().send(ObjectRef::new(name)).await;
+    }
+    let unchanged = content.status.as_ref().is_some_and(|old| same_but_for_times(old, &deletion.status));
+    if !unchanged {
+        report(&shared.context.client, content, &deletion.status).await?;
+    }
+    if deletion.over {
+        shared.context.metrics.deletion_ended();
+        return Ok(Action::await_change());
+    }
+    Ok(Action::requeue(TRY_AGAIN))
+}
+
+fn same_but_for_times(
+    a: &freezeframe_api::v1alpha1::VMSnapshotContentStatus,
+    b: &freezeframe_api::v1alpha1::VMSnapshotContentStatus,
+) -> bool {
+    let timeless = |status: &freezeframe_api::v1alpha1::VMSnapshotContentStatus| {
+        let mut status = status.clone();
+        for condition in &mut status.conditions {
+            condition.last_transition_time.0 = k8s_openapi::jiff::Timestamp::UNIX_EPOCH;
+        }
+        status
+    };
+    timeless(a) == timeless(b)
+}
+
+/// Asks the watch's store whether the snapshot is still wanted.
+struct Asked<'a> {
+    store: &'a Store<VMSnapshotContent>,
+    content: &'a VMSnapshotContent,
+}
+
+impl Progress for Asked<'_> {
+    fn cancelled(&self) -> bool {
+        let now = self.store.get(&ObjectRef::from_obj(self.content));
+        now.is_none_or(|now| now.uid() != self.content.uid() || now.metadata.deletion_timestamp.is_some())
+    }
+}
+
+/// Nobody can cancel while the cluster isn't asked.
+struct NotAsked;
+
+impl Progress for NotAsked {
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Goes on with what a crash interrupted, without waiting for the API: the VM's files must be right first.
+fn recover(shared: &Arc<Shared>) {
+    let records = shared.context.sessions.journal.all().unwrap_or_else(|error| {
+        tracing::error!(error = crate::session::outcome::chain(&error), "the journal can't be read");
+        vec![]
+    });
+    for record in records.into_iter().filter(|record| matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed))
+    {
+        let shared = shared.clone();
+        let (namespace, name) = &record.order.snapshot;
+        let span = info_span!("recovery", snapshot = format!("{namespace}/{name}"), vm = %record.order.vm);
+        let resume = async move {
+            let _turn = shared.context.locks.turn(&record.order.vm).await;
+            match shared.context.sessions.advance(&record.order, &NotAsked).await {
+                Ok(_) => tracing::info!("went on with an interrupted snapshot"),
+                Err(error) => tracing::error!(%error, "an interrupted snapshot can't be gone on with"),
+            }
+        };
+        tokio::spawn(resume.instrument(span));
+    }
+}
+
+/// Forgets records of which neither artifact nor object is left, and counts those that nobody asks for.
+async fn sweep(shared: Arc<Shared>) {
+    let mut beat = tokio::time::interval(SWEEP);
+    loop {
+        beat.tick().await;
+        if shared.store.wait_until_ready().await.is_err() {
+            return;
+        }
+        let Ok(records) = shared.context.sessions.journal.all() else { continue };
+        let wanted: std::collections::HashSet<_> = shared.store.state().iter().filter_map(|c| c.uid()).collect();
+        let unwanted = records.into_iter().filter(|record| !wanted.contains(&record.order.uid));
+        let (gone, left): (Vec<_>, Vec<_>) = unwanted.partition(|record| record.stage == Stage::Removed);
+        for record in gone {
+            if let Err(error) = shared.context.sessions.journal.forget(&record.order.uid) {
+                tracing::warn!(%error, "a record of nothing can't be forgotten");
+            }
+        }
+        for record in &left {
+            tracing::warn!(content = record.order.content, stage = ?record.stage, "a snapshot's object is gone, its data isn't");
+        }
+        shared.context.metrics.set_orphans(left.len());
+    }
+}

@@ -1,0 +1,120 @@
+//! Which driver takes which disk. Pure: the same answer for the VMTarget's report and for a snapshot.
+
+use std::collections::BTreeMap;
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::ClassDriver;
+
+use super::{DiskFacts, DriverError, SnapshotDriver, Verdict, find, registry};
+
+/// A driver with its class parameters.
+pub struct Candidate {
+    /// The driver.
+    pub driver: Box<dyn SnapshotDriver>,
+    /// Its parameters.
+    pub parameters: BTreeMap<String, String>,
+}
+
+/// Why a class can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ClassError {
+    /// A driver that this agent doesn't have.
+    #[error("the class names driver `{0}`, which this node's agent doesn't have; it has {1}")]
+    UnknownDriver(String, String),
+    /// A parameter that can't be used.
+    #[error("the class's parameters for driver `{driver}` can't be used")]
+    Parameters {
+        /// The driver.
+        driver: String,
+        /// What is wrong.
+        #[source]
+        source: Box<DriverError>,
+    },
+}
+
+impl ClassError {
+    /// The condition reason of this error.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::UnknownDriver(..) => reasons::UNKNOWN_DRIVER,
+            Self::Parameters { .. } => reasons::INVALID_PARAMETER,
+        }
+    }
+}
+
+/// The drivers that a class allows, best first; the registry's order when it names none.
+pub fn candidates(class: &[ClassDriver]) -> Result<Vec<Candidate>, ClassError> {
+    if class.is_empty() {
+        let all = registry().into_iter();
+        return Ok(all.map(|driver| Candidate { driver, parameters: BTreeMap::new() }).collect());
+    }
+    class.iter().map(candidate).collect()
+}
+
+fn candidate(entry: &ClassDriver) -> Result<Candidate, ClassError> {
+    let name = entry.name.as_str();
+    let known = || registry().iter().map(|driver| driver.name()).collect::<Vec<_>>().join(", ");
+    let driver = find(name).ok_or_else(|| ClassError::UnknownDriver(name.to_owned(), known()))?;
+    driver
+        .check_parameters(&entry.parameters)
+        .map_err(|source| ClassError::Parameters { driver: name.to_owned(), source: Box::new(source) })?;
+    Ok(Candidate { driver, parameters: entry.parameters.clone() })
+}
+
+/// The first candidate that can take the disk, with its reason; else every candidate's refusal in one sentence.
+pub fn choose<'a>(disk: &DiskFacts, candidates: &'a [Candidate]) -> Result<(&'a Candidate, String), String> {
+    let mut refusals = vec![];
+    for candidate in candidates {
+        match candidate.driver.can_take(disk, &candidate.parameters) {
+            Verdict::Usable(why) => return Ok((candidate, why)),
+            Verdict::Unusable(why) => refusals.push(format!("{}: {why}", candidate.driver.name())),
+        }
+    }
+    Err(refusals.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(format: &str) -> DiskFacts {
+        DiskFacts {
+            format: format.into(),
+            source: "/images/a".into(),
+            path: Ok("/images/a".into()),
+            encrypted: false,
+            has_bitmaps: false,
+        }
+    }
+
+    fn class(names: &[&str]) -> Vec<ClassDriver> {
+        let parameters = |name: &str| match name {
+            "copy" => BTreeMap::from([("directory".to_owned(), "/copies".to_owned())]),
+            _ => BTreeMap::new(),
+        };
+        names.iter().map(|name| ClassDriver { name: (*name).into(), parameters: parameters(name) }).collect()
+    }
+
+    #[test]
+    fn the_first_driver_that_can_takes_the_disk() {
+        let candidates = candidates(&class(&["overlay", "copy"])).unwrap();
+        assert_eq!(choose(&disk("qcow2"), &candidates).unwrap().0.driver.name(), "overlay");
+        assert_eq!(choose(&disk("raw"), &candidates).unwrap().0.driver.name(), "copy");
+    }
+
+    #[test]
+    fn a_disk_that_no_driver_can_take_is_refused_with_each_drivers_reason() {
+        let candidates = candidates(&class(&["overlay"])).unwrap();
+        let refusal = choose(&disk("raw"), &candidates).err().unwrap();
+        assert!(refusal.starts_with("overlay: ") && refusal.contains("raw"), "{refusal}");
+    }
+
+    #[test]
+    fn an_unknown_driver_and_a_bad_parameter_are_told_apart() {
+        assert_eq!(candidates(&class(&["zfs"])).err().unwrap().reason(), reasons::UNKNOWN_DRIVER);
+        let mut bad = class(&["copy"]);
+        bad[0].parameters.insert("colour".into(), "red".into());
+        assert_eq!(candidates(&bad).err().unwrap().reason(), reasons::INVALID_PARAMETER);
+    }
+}

@@ -1,0 +1,83 @@
+//! Waiting for QEMU's block jobs: bounded by progress, not by time, since a large disk takes what it takes.
+
+use std::time::Duration;
+
+use freezeframe_qemu::{Job, Qmp};
+use tokio::time::{Instant, sleep};
+
+use super::{DriverError, Result, qemu};
+use crate::hypervisor::QMP_TIMEOUT;
+
+/// A job that moves nothing for this long is stuck.
+const NO_PROGRESS: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(20);
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// The job can be completed at any time.
+    Ready,
+    /// The job is over.
+    Concluded,
+}
+
+/// The job of that id.
+pub async fn find(qmp: &Qmp, id: &str) -> Result<Option<Job>> {
+    let jobs = qmp.query_jobs(QMP_TIMEOUT).await.map_err(qemu("list the block jobs"))?;
+    Ok(jobs.into_iter().find(|job| job.id == id))
+}
+
+/// Waits until a job is where it is wanted; a failed or vanished job is an error, and a failed one is dismissed.
+pub async fn wait(qmp: &Qmp, id: &str, wanted: Wanted) -> Result<()> {
+    let failed = |why: &str| DriverError::Job { job: id.to_owned(), why: why.to_owned() };
+    let (mut moved, mut progress) = (Instant::now(), 0);
+    loop {
+        let job = find(qmp, id).await?.ok_or_else(|| failed("it is gone"))?;
+        match job.status.as_str() {
+            "concluded" => return conclude(qmp, &job).await,
+            "ready" if wanted == Wanted::Ready => return Ok(()),
+            _ => {}
+        }
+        if job.current_progress != progress {
+            (moved, progress) = (Instant::now(), job.current_progress);
+        }
+        if moved.elapsed() > NO_PROGRESS {
+            return Err(failed("it makes no progress"));
+        }
+        sleep(POLL).await;
+    }
+}
+
+async fn conclude(qmp: &Qmp, job: &Job) -> Result<()> {
+    match &job.error {
+        None => Ok(()),
+        Some(why) => {
+            qmp.job_dismiss(&job.id, QMP_TIMEOUT).await.map_err(qemu("dismiss a failed block job"))?;
+            Err(DriverError::Job { job: job.id.clone(), why: why.clone() })
+        }
+    }
+}
+
+/// Removes a concluded job from QEMU's list; no job is fine.
+pub async fn dismiss_if_concluded(qmp: &Qmp, id: &str) -> Result<()> {
+    match find(qmp, id).await? {
+        Some(job) if job.status == "concluded" => {
+            qmp.job_dismiss(id, QMP_TIMEOUT).await.map_err(qemu("dismiss a block job"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Cancels a job, if there is one, and waits until it is gone.
+pub async fn cancel(qmp: &Qmp, id: &str) -> Result<()> {
+    let Some(job) = find(qmp, id).await? else { return Ok(()) };
+    if job.status != "concluded" {
+        qmp.job_cancel(id, QMP_TIMEOUT).await.map_err(qemu("cancel a block job"))?;
+    }
+    // A cancelled job ends with an error, which is what was asked for.
+    match wait(qmp, id, Wanted::Concluded).await {
+        Ok(()) => dismiss_if_concluded(qmp, id).await,
+        Err(DriverError::Job { .. }) if find(qmp, id).await?.is_none() => Ok(()),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,345 @@
+//! Storage drivers: how one disk's data is taken, kept and given up.
+//!
+//! A driver gets a group of disks and offers `plan`, `prepare`, `cut`, `complete` and `remove`. It knows nothing of
+//! freezing, of Kubernetes or of other drivers. Every function may be called again after a crash at any point of it:
+//! what is there already is found, not made twice. A new driver is one file and one line in [`registry`].
+
+pub mod choice;
+pub mod copy;
+pub mod jobs;
+pub mod overlay;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use freezeframe_guard::Exchange;
+use freezeframe_qemu::BlockGraph;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::hypervisor::Vm;
+use crate::hypervisor::graph::HandOverError;
+use crate::hypervisor::image::{ImageError, ImageRoots};
+use crate::hypervisor::qcow2::HeaderError;
+
+/// All drivers, in the default order of preference.
+#[must_use]
+pub fn registry() -> Vec<Box<dyn SnapshotDriver>> {
+    vec![Box::new(overlay::Overlay), Box::new(copy::Copy)]
+}
+
+/// The driver of that name.
+#[must_use]
+pub fn find(name: &str) -> Option<Box<dyn SnapshotDriver>> {
+    registry().into_iter().find(|driver| driver.name() == name)
+}
+
+/// What a driver may look at to say whether it can take a disk.
+#[derive(Clone, Debug)]
+pub struct DiskFacts {
+    /// Format of the image, such as `qcow2`.
+    pub format: String,
+    /// What QEMU calls the image: a path, or a URL.
+    pub source: String,
+    /// Path of the image on this node, where it is a file beneath an image root; else why it isn't.
+    pub path: std::result::Result<PathBuf, String>,
+    /// Whether the image is encrypted.
+    pub encrypted: bool,
+    /// Whether it has dirty bitmaps that a layer on top would leave behind.
+    pub has_bitmaps: bool,
+}
+
+/// Whether a driver can take a disk, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It can.
+    Usable(String),
+    /// It can't.
+    Unusable(String),
+}
+
+/// One disk on its way through a snapshot. Everything a driver must remember is in `state`, in its own form.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskTask {
+    /// The disk's name, as the VMTarget lists it.
+    pub disk: String,
+    /// The driver that takes it.
+    pub driver: String,
+    /// Why this one.
+    pub reason: String,
+    /// The class's parameters for it.
+    pub parameters: BTreeMap<String, String>,
+    /// The snapshot's id: short, unique, fit for file and node names.
+    pub id: String,
+    /// The disk's number in the snapshot: `id` and `index` name what is made.
+    pub index: usize,
+    /// The node that a cut acts on.
+    pub node: String,
+    /// Format of the image.
+    pub format: String,
+    /// Virtual size, in bytes.
+    pub size: u64,
+    /// Path of the image on this node, if it has one.
+    pub path: Option<PathBuf>,
+    /// The VM, as part of the names of files outside its own directory.
+    pub vm: crate::hypervisor::VmKey,
+    /// The driver's own record.
+    pub state: Value,
+    /// What came of it, once complete.
+    pub artifact: Option<Artifact>,
+}
+
+/// A complete disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Artifact {
+    /// Where it is on this node.
+    pub handle: PathBuf,
+    /// Its format.
+    pub format: String,
+}
+
+/// What a driver contributes to the window.
+#[derive(Clone, Debug, Default)]
+pub struct Cut {
+    /// Actions for the one QMP transaction.
+    pub actions: Vec<Value>,
+    /// Names that change hands once the transaction is done, before the guest goes on.
+    pub exchanges: Vec<Exchange>,
+}
+
+/// What is left to do to remove a disk's artifacts.
+#[derive(Debug)]
+pub enum Removal {
+    /// The task's state changed and must be on disk before the next call.
+    Again,
+    /// The active layer is merged but for the last step, which needs the virtual CPUs stopped.
+    Switch(Switch),
+    /// An artifact of another snapshot moved; its record must follow before the next call.
+    Moved {
+        /// Where it was.
+        from: PathBuf,
+        /// Where it is now.
+        to: PathBuf,
+    },
+    /// Nothing is left.
+    Done,
+    /// Kept, because something else needs it.
+    Kept(String),
+}
+
+/// The last step of merging an active layer: let the job finish and hand the disk's name to the merged file.
+#[derive(Debug)]
+pub struct Switch {
+    /// The job to complete; none if it is complete already.
+    pub job: Option<String>,
+    /// The name's change of hands.
+    pub exchange: Exchange,
+}
+
+/// What a driver works with.
+pub struct Env<'a> {
+    /// The VM's QEMU; none while no process runs.
+    pub vm: Option<&'a Vm>,
+    /// Where images may be.
+    pub roots: &'a ImageRoots,
+    /// Other snapshots' disks of the same VM that still have artifacts.
+    pub siblings: &'a [Sibling],
+}
+
+/// An artifact of another snapshot of the same VM.
+#[derive(Clone, Debug)]
+pub struct Sibling {
+    /// Where it is.
+    pub handle: PathBuf,
+    /// Whether its snapshot is gone and the file is kept on purpose, so that nobody would learn of a move.
+    pub retained: bool,
+}
+
+/// What can go wrong in a driver.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// A class parameter can't be used.
+    #[error("parameter `{key}`: {why}")]
+    Parameter {
+        /// The parameter.
+        key: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Not enough space.
+    #[error("not enough space for {path}: {needed} bytes are needed, {free} are free")]
+    NoSpace {
+        /// What was to be made.
+        path: PathBuf,
+        /// How much it needs, in bytes.
+        needed: u64,
+        /// How much is free, in bytes.
+        free: u64,
+    },
+    /// QEMU refused or didn't answer.
+    #[error("failed to {doing}")]
+    Qemu {
+        /// What we were doing.
+        doing: String,
+        /// QEMU's answer.
+        #[source]
+        source: freezeframe_qemu::Error,
+    },
+    /// A file couldn't be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A file couldn't be handed to QEMU.
+    #[error(transparent)]
+    HandOver(#[from] HandOverError),
+    /// An image's header couldn't be read.
+    #[error("failed to read {path}")]
+    Header {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: HeaderError,
+    },
+    /// A tool of QEMU's failed.
+    #[error("{tool} failed: {output}")]
+    Tool {
+        /// Which.
+        tool: &'static str,
+        /// What it said.
+        output: String,
+    },
+    /// A block job failed or made no progress.
+    #[error("block job {job} failed: {why}")]
+    Job {
+        /// The job.
+        job: String,
+        /// Why.
+        why: String,
+    },
+    /// An artifact isn't what it should be.
+    #[error("{0}")]
+    Verify(String),
+    /// It can't be done now, but may be later.
+    #[error("{0}")]
+    NotNow(String),
+    /// The journal holds something that this driver didn't write.
+    #[error("the record of disk {disk} can't be read")]
+    State {
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Result of a driver's function.
+pub type Result<T> = std::result::Result<T, DriverError>;
+
+/// Names what was being done when QEMU refused.
+pub(crate) fn qemu(doing: impl Into<String>) -> impl FnOnce(freezeframe_qemu::Error) -> DriverError {
+    let doing = doing.into();
+    move |source| DriverError::Qemu { doing, source }
+}
+
+/// How one storage layer takes disks.
+#[async_trait]
+pub trait SnapshotDriver: Send + Sync {
+    /// Its name in classes and reports.
+    fn name(&self) -> &'static str;
+
+    /// Checks a class's parameters, without looking at any disk.
+    fn check_parameters(&self, parameters: &BTreeMap<String, String>) -> Result<()>;
+
+    /// Whether it can take a disk, under parameters that were checked.
+    fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict;
+
+    /// Names what `prepare` will make, in the task's state, before anything is made.
+    fn plan(&self, task: &mut DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<()>;
+
+    /// Makes everything that can be made before the window.
+    async fn prepare(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()>;
+
+    /// What happens in the window. Pure: the window does it.
+    fn cut(&self, task: &DiskTask) -> Result<Cut>;
+
+    /// After the cut, all that can be slow: waits, verifies, and sets the artifact.
+    async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()>;
+
+    /// Takes one step of removing whatever was made, finished or not, and says what is left.
+    async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal>;
+
+    /// Lets a task's record follow its artifact, which another snapshot's removal moved.
+    fn follow(&self, task: &mut DiskTask, to: &std::path::Path, _roots: &ImageRoots) -> Result<()> {
+        if let Some(artifact) = &mut task.artifact {
+            to.clone_into(&mut artifact.handle);
+        }
+        Ok(())
+    }
+
+    /// Whether the data is complete as soon as `complete` has been called, with nothing copied in the background.
+    fn is_instant(&self) -> bool {
+        true
+    }
+}
+
+impl DiskTask {
+    /// The driver's own record.
+    pub fn state<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_value(self.state.clone())
+            .map_err(|source| DriverError::State { disk: self.disk.clone(), source })
+    }
+
+    /// Replaces the driver's own record.
+    pub fn set_state(&mut self, state: &impl Serialize) -> Result<()> {
+        self.state =
+            serde_json::to_value(state).map_err(|source| DriverError::State { disk: self.disk.clone(), source })?;
+        Ok(())
+    }
+}
+
+/// Bound of one run of `qemu-img` on an image's metadata.
+const TOOL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Runs `qemu-img` with arguments, an image and what follows it.
+pub(crate) async fn qemu_img(
+    arguments: &[&str],
+    image: &std::path::Path,
+    after: Option<&str>,
+) -> std::result::Result<(), ToolError> {
+    let mut command = tokio::process::Command::new("qemu-img");
+    command.args(arguments).arg(image).args(after).stdin(std::process::Stdio::null()).kill_on_drop(true);
+    let failed = |output: String| ToolError { image: image.to_owned(), output };
+    match tokio::time::timeout(TOOL_TIMEOUT, command.output()).await {
+        Ok(Ok(output)) if output.status.success() => Ok(()),
+        Ok(Ok(output)) => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+        Ok(Err(error)) => Err(failed(error.to_string())),
+        Err(_) => Err(failed(format!("no end after {TOOL_TIMEOUT:?}"))),
+    }
+}
+
+/// A run of `qemu-img` that failed.
+pub(crate) struct ToolError {
+    image: PathBuf,
+    output: String,
+}
+
+impl ToolError {
+    /// `qemu-img` tells a full disk in words only, so the free space is looked at instead.
+    pub(crate) fn or_no_space(self, directory: &crate::hypervisor::image::ImageDirectory) -> DriverError {
+        const NEARLY_NOTHING: u64 = 1 << 20;
+        match directory.free_bytes() {
+            Ok(free) if free < NEARLY_NOTHING => {
+                DriverError::NoSpace { path: self.image, needed: NEARLY_NOTHING, free }
+            }
+            _ => self.into(),
+        }
+    }
+}
+
+impl From<ToolError> for DriverError {
+    fn from(error: ToolError) -> Self {
+        Self::Tool { tool: "qemu-img", output: error.output }
+    }
+}

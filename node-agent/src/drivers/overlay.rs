@@ -1,0 +1,122 @@
+//! `overlay`: a new qcow2 layer takes the disk's own name, and the layer below it is the snapshot.
+//!
+//! A VM that is restarted with its old command line must open its newest data. So the new layer and the old file
+//! exchange names at the cut, the layers find each other by the names they have *after* it, and QEMU holds every file
+//! whose name changes hands by descriptor.
+//!
+//! ```text
+//!  before:  disk.qcow2 (base)                          QEMU ─► base, by name
+//!  prepare: disk.qcow2 (base)   …vmsnap-ID (layer)     QEMU ─► base;  layer open, by descriptor
+//!  cut:     disk.qcow2 (layer) ─► …vmsnap-ID (base)    QEMU ─► layer ─► base
+//!  after:                                              base reopened by descriptor: no node depends on a name
+//! ```
+//!
+//! The snapshot's image is `…vmsnap-ID`. Deleting it merges the layer above it *into* it, since nothing but the
+//! deleted snapshot needed it as it stands ([`merge`]).
+
+mod merge;
+mod offline_merge;
+mod prepare;
+mod state;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use async_trait::async_trait;
+use freezeframe_guard::{Exchange, Kind as ExchangeKind};
+use freezeframe_qemu::BlockGraph;
+use serde_json::json;
+
+use super::{Cut, DiskFacts, DiskTask, DriverError, Env, Removal, Result, SnapshotDriver, Verdict};
+use crate::hypervisor::Vm;
+use crate::hypervisor::image::{ImageError, ImageRoots};
+use state::State;
+
+/// The driver.
+pub struct Overlay;
+
+#[async_trait]
+impl SnapshotDriver for Overlay {
+    fn name(&self) -> &'static str {
+        "overlay"
+    }
+
+    fn check_parameters(&self, parameters: &BTreeMap<String, String>) -> Result<()> {
+        match parameters.keys().next() {
+            None => Ok(()),
+            Some(key) => Err(DriverError::Parameter { key: key.clone(), why: "overlay has no parameters".into() }),
+        }
+    }
+
+    fn can_take(&self, disk: &DiskFacts, _: &BTreeMap<String, String>) -> Verdict {
+        let refusal = match &disk.path {
+            _ if disk.format != "qcow2" => Some(format!(
+                "the image is {}, and a VM restarted with its old command line would read a qcow2 layer as {}",
+                disk.format, disk.format
+            )),
+            _ if disk.encrypted => Some("the image is encrypted, and a layer on top would not be".into()),
+            _ if disk.has_bitmaps => {
+                Some("the image has dirty bitmaps, which a layer on top would leave behind".into())
+            }
+            Err(why) => Some(why.clone()),
+            Ok(_) => None,
+        };
+        refusal.map_or_else(|| Verdict::Usable("qcow2 file: a new layer at once, no copy".into()), Verdict::Unusable)
+    }
+
+    fn plan(&self, task: &mut DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<()> {
+        let state = State::plan(task, graph, roots)?;
+        task.set_state(&state)
+    }
+
+    async fn prepare(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
+        let mut state: State = task.state()?;
+        prepare::make_layer(roots, task, &mut state).await?;
+        task.set_state(&state)?;
+        prepare::open_layer(vm, roots, task, &state).await
+    }
+
+    fn cut(&self, task: &DiskTask) -> Result<Cut> {
+        let state: State = task.state()?;
+        let action = json!({
+            "type": "blockdev-snapshot",
+            "data": {"node": state.base_node, "overlay": state.layer_node()},
+        });
+        let exchange = Exchange {
+            directory: state.directory.clone(),
+            a: state.disk_file.clone(),
+            b: state.layer.clone(),
+            a_inode: state.base.inode,
+            when_active: state.layer_node(),
+            kind: ExchangeKind::Swap,
+        };
+        Ok(Cut { actions: vec![action], exchanges: vec![exchange] })
+    }
+
+    async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
+        let state: State = task.state()?;
+        prepare::pin_base(vm, roots, &state).await?;
+        prepare::verify(vm, roots, task, &state).await?;
+        task.artifact = Some(super::Artifact { handle: state.directory.join(&state.layer), format: "qcow2".into() });
+        Ok(())
+    }
+
+    async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
+        if task.state.is_null() {
+            return Ok(Removal::Done);
+        }
+        merge::remove(env, task).await
+    }
+
+    fn follow(&self, task: &mut DiskTask, to: &Path, roots: &ImageRoots) -> Result<()> {
+        let mut state: State = task.state()?;
+        let (directory, name) = roots.directory_of(to)?;
+        state.base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(to.to_owned()))?;
+        state.layer = name;
+        task.set_state(&state)?;
+        if let Some(artifact) = &mut task.artifact {
+            to.clone_into(&mut artifact.handle);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,355 @@
+//! Deleting a snapshot: the layer above its file is merged into the file.
+//!
+//! Snapshot K's view is its file over the files below. Everything above is read through K's file too, so its data must
+//! stay; but nobody else needs the file *as it stands*. So the layer above is committed into it, and the file goes on
+//! as that layer: as the disk itself when the layer was the active one, else as the next snapshot's image. No data of
+//! the layers below is touched, and at every instant each remaining view reads the same: what the file gets written is
+//! hidden, for everybody but K, by the layer it comes from.
+//!
+//! One call takes one step; what has been done is found in the names, the graph, and [`Merging`]:
+//!
+//! ```text
+//!  no file ──────────────────────────────────────────────► Done
+//!  file is still the new layer (no cut) ── close, unlink ─► Done
+//!  the layer above is the active one ── commit, Switch ───► Done
+//!  the layer above is a snapshot's ── commit, Moved, unlink it ─► Done
+//!  the file can't be written by its node ── stream it up, unlink it ─► Done
+//! ```
+
+use freezeframe_guard::{Exchange, Kind as ExchangeKind};
+use freezeframe_qemu::{BlockGraph, Node};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+
+use super::prepare::{dependents, forget_node, pin};
+use super::state::{Merging, State};
+use super::{DiskTask, offline_merge};
+use crate::drivers::jobs::{self, Wanted};
+use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
+use crate::hypervisor::graph::{NodeFile, node_files, take_back, working_directory};
+use crate::hypervisor::image::{FileId, ImageDirectory};
+use crate::hypervisor::{QMP_TIMEOUT, Vm};
+
+/// Takes one step of removing a disk's layer.
+pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
+    let mut state: State = task.state()?;
+    let directory = env.roots.directory(&state.directory)?;
+    if let Some(merging) = state.merging.clone().filter(|merging| merging.done) {
+        return hand_on(env, &directory, &state, &merging).await;
+    }
+    directory.unlink(&state.unfinished())?;
+    let step = match directory.id(&state.layer)? {
+        None => close_leftovers(env, &state).await,
+        Some(id) if Some(id) == state.overlay => give_up_layer(env, &directory, &state).await,
+        Some(id) if id == state.base => match env.vm {
+            Some(vm) => merge_live(env, vm, &directory, &mut state).await,
+            None => offline_merge::merge(env, &directory, &mut state).await,
+        },
+        Some(_) => Err(DriverError::NotNow(format!("{} is another file", directory.join(&state.layer).display()))),
+    };
+    task.set_state(&state)?;
+    step
+}
+
+/// The name is free: nothing was made, or the file went on under another name. Only nodes can be left.
+async fn close_leftovers(env: &Env<'_>, state: &State) -> Result<Removal> {
+    if let Some(vm) = env.vm {
+        close_unused(vm, state).await?;
+    }
+    Ok(Removal::Done)
+}
+
+/// The names were never exchanged. If QEMU runs on the layer all the same, the exchange is finished, not taken back:
+/// the guest may have been told that writes in the layer are durable.
+async fn give_up_layer(env: &Env<'_>, directory: &ImageDirectory, state: &State) -> Result<Removal> {
+    if let Some(vm) = env.vm {
+        let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+        if graph.disks().iter().any(|disk| disk.top.as_deref() == Some(&state.layer_node())) {
+            exchange_names(state)?;
+            return Ok(Removal::Again);
+        }
+        close_unused(vm, state).await?;
+    }
+    directory.unlink(&state.layer)?;
+    Ok(Removal::Done)
+}
+
+fn exchange_names(state: &State) -> Result<()> {
+    let exchange = Exchange {
+        directory: state.directory.clone(),
+        a: state.disk_file.clone(),
+        b: state.layer.clone(),
+        a_inode: state.base.inode,
+        when_active: state.layer_node(),
+        kind: ExchangeKind::Swap,
+    };
+    exchange.apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
+}
+
+/// Closes our nodes that no disk uses.
+async fn close_unused(vm: &Vm, state: &State) -> Result<()> {
+    for node in [state.layer_node(), state.layer_file_node()] {
+        forget_node(vm, Some(&node)).await;
+    }
+    if let Some(overlay) = state.overlay {
+        take_back(vm.qmp(), overlay).await.map_err(qemu("take the layer's descriptors back"))?;
+    }
+    Ok(())
+}
+
+/// The data of the snapshot above is in this file now: its record follows, then its old file goes.
+async fn hand_on(env: &Env<'_>, directory: &ImageDirectory, state: &State, merging: &Merging) -> Result<Removal> {
+    let (from, to) = (directory.join(&merging.above), directory.join(&state.layer));
+    if env.siblings.iter().any(|sibling| sibling.handle == from) {
+        return Ok(Removal::Moved { from, to });
+    }
+    if directory.holds(&merging.above, merging.above_id)? {
+        directory.unlink(&merging.above)?;
+    }
+    if let Some(vm) = env.vm {
+        take_back(vm.qmp(), merging.above_id).await.map_err(qemu("take the merged layer's descriptors back"))?;
+    }
+    Ok(Removal::Done)
+}
+
+/// The chain of the disk that holds the snapshot's file, top first, and where in it the file is.
+struct Place<'a> {
+    root: String,
+    chain: Vec<&'a Node>,
+    files: HashMap<String, NodeFile>,
+    at: usize,
+}
+
+impl<'a> Place<'a> {
+    async fn find(env: &Env<'_>, vm: &Vm, graph: &'a BlockGraph, state: &State) -> Result<Option<Place<'a>>> {
+        let cwd = working_directory(vm.qmp_identity().peer_pid);
+        let files = node_files(vm.qmp(), graph, env.roots, cwd.as_deref()).await;
+        let files = files.map_err(qemu("read the descriptors that QEMU holds"))?;
+        for disk in graph.disks() {
+            let (Some(root), Some(top)) = (&disk.root, &disk.top) else { continue };
+            let chain = graph.chain(top);
+            if let Some(at) = chain.iter().position(|node| holds(node, &files, state)) {
+                return Ok(Some(Place { root: root.clone(), chain, files, at }));
+            }
+        }
+        Ok(None)
+    }
+
+    fn file(&self, at: usize) -> Option<&NodeFile> {
+        let node = self.chain.get(at)?;
+        node.file_child.as_ref().and_then(|child| self.files.get(child)).or_else(|| self.files.get(&node.name))
+    }
+
+    fn id(&self, at: usize) -> Option<FileId> {
+        self.file(at).and_then(NodeFile::id)
+    }
+
+    fn may_become_writable(&self, at: usize) -> bool {
+        self.file(at).is_some_and(NodeFile::may_become_writable)
+    }
+}
+
+/// A stale node's file isn't certain by itself, but the node that was the disk at our own cut holds our base.
+fn holds(node: &Node, files: &HashMap<String, NodeFile>, state: &State) -> bool {
+    let file = node.file_child.as_ref().and_then(|child| files.get(child)).or_else(|| files.get(&node.name));
+    match file {
+        Some(NodeFile::Stale) => node.name == state.base_node,
+        Some(file) => file.id() == Some(state.base),
+        None => false,
+    }
+}
+
+async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    let place = Place::find(env, vm, &graph, state).await?;
+    if let Some(merging) = &mut state.merging {
+        let above = merging.above_id;
+        let still_there = place.as_ref().is_some_and(|place| place.at > 0 && place.id(place.at - 1) == Some(above));
+        if !still_there {
+            merging.done = true;
+            jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+            return Ok(Removal::Again);
+        }
+    }
+    let Some(place) = place else { return unlink_unused(env, directory, state) };
+    if place.at == 0 {
+        return finish_active(vm, directory, state, &place).await;
+    }
+    refuse_foreign_dependents(directory, state, &place)?;
+    if pin_if_stale(env, vm, &graph, &place, state).await? {
+        return Ok(Removal::Again);
+    }
+    match (place.may_become_writable(place.at), place.at) {
+        (true, 1) => commit_active(vm, directory, state, &place).await,
+        (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
+        (false, at) => stream_up(vm, directory, state, &place, at).await,
+    }
+}
+
+/// No image of the running VM is this file. If no other image needs it either, it goes.
+fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State) -> Result<Removal> {
+    let needed_by = dependents(directory, state.base)?;
+    if let Some(name) = needed_by.first() {
+        let file = directory.join(&state.layer);
+        return Err(DriverError::NotNow(format!("{} needs {}, which its VM doesn't have open", name, file.display())));
+    }
+    debug_assert!(env.vm.is_some(), "a stopped VM's layers are merged offline");
+    directory.unlink(&state.layer)?;
+    Ok(Removal::Done)
+}
+
+/// The file is what the VM runs on. After our own switch only the name and the job's record are left to do; otherwise
+/// the VM was started from the snapshot itself, and it isn't ours to take away.
+async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<Removal> {
+    let job = jobs::find(vm.qmp(), &state.job()).await?;
+    if job.is_none() {
+        return Err(DriverError::NotNow(format!("the VM runs on {}", directory.join(&state.layer).display())));
+    }
+    switch(directory, state, None, place)
+}
+
+/// Somebody else's image on top of the snapshot's file needs it as it stands.
+fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<()> {
+    let above = place.id(place.at - 1);
+    for name in dependents(directory, state.base)? {
+        if above.is_none() || directory.id(&name)? != above {
+            let file = directory.join(&state.layer);
+            return Err(DriverError::NotNow(format!("{name} was made on top of {} and needs it", file.display())));
+        }
+    }
+    Ok(())
+}
+
+/// Holds the base of our own cut by descriptor, where a crash came between the cut and that.
+async fn pin_if_stale(env: &Env<'_>, vm: &Vm, graph: &BlockGraph, place: &Place<'_>, state: &State) -> Result<bool> {
+    let node = place.chain[place.at];
+    if place.may_become_writable(place.at) || node.auto_named {
+        return Ok(false);
+    }
+    pin(vm, env.roots, graph, node, &state.directory, &state.layer, &state.base_file_node()).await?;
+    Ok(true)
+}
+
+/// Merges the active layer; the last step is the window's.
+async fn commit_active(vm: &Vm, directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<Removal> {
+    let arguments = json!({
+        "job-id": state.job(),
+        "device": place.root,
+        "base-node": place.chain[place.at].name,
+        "auto-dismiss": false,
+    });
+    start(vm, state, "block-commit", &arguments).await?;
+    jobs::wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
+    switch(directory, state, Some(state.job()), place)
+}
+
+fn switch(directory: &ImageDirectory, state: &State, job: Option<String>, place: &Place<'_>) -> Result<Removal> {
+    let active = directory.id(&state.disk_file)?;
+    let active = active.ok_or_else(|| DriverError::NotNow(format!("{} is gone", state.disk_file)))?;
+    let exchange = Exchange {
+        directory: state.directory.clone(),
+        a: state.disk_file.clone(),
+        b: state.layer.clone(),
+        a_inode: active.inode,
+        when_active: place.chain[place.at].name.clone(),
+        kind: ExchangeKind::Replace,
+    };
+    Ok(Removal::Switch(Switch { job, exchange }))
+}
+
+/// Merges a layer that is itself a snapshot's file, and gives this file to that snapshot.
+async fn commit_middle(
+    env: &Env<'_>,
+    vm: &Vm,
+    directory: &ImageDirectory,
+    state: &mut State,
+    place: &Place<'_>,
+    at: usize,
+) -> Result<Removal> {
+    let (above, over) = (place.chain[at - 1], at - 2);
+    let above_id = place.id(at - 1);
+    let above_name = name_of(directory, above_id)?;
+    if let Some(kept) = kept_for(env, directory, &above_name) {
+        return Ok(kept);
+    }
+    if !place.may_become_writable(over) {
+        return stream_up(vm, directory, state, place, at).await;
+    }
+    if state.merging.is_none() {
+        let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
+        state.merging = Some(Merging { above: above_name, above_id, done: false });
+        return Ok(Removal::Again);
+    }
+    let arguments = json!({
+        "job-id": state.job(),
+        "device": place.root,
+        "top-node": above.name,
+        "base-node": place.chain[at].name,
+        "backing-file": state.layer,
+        "auto-dismiss": false,
+    });
+    start(vm, state, "block-commit", &arguments).await?;
+    jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
+    jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+    forget_node(vm, Some(&above.name)).await;
+    forget_node(vm, above.file_child.as_deref()).await;
+    if let Some(merging) = &mut state.merging {
+        merging.done = true;
+    }
+    Ok(Removal::Again)
+}
+
+/// A kept file of a snapshot that is gone must not move: nobody would learn of it.
+pub fn kept_for(env: &Env<'_>, directory: &ImageDirectory, above: &str) -> Option<Removal> {
+    let path = directory.join(above);
+    let kept = env.siblings.iter().any(|sibling| sibling.retained && sibling.handle == path);
+    kept.then(|| Removal::Kept(format!("{} was retained and needs this file", path.display())))
+}
+
+/// The name of a file in `directory`.
+fn name_of(directory: &ImageDirectory, id: Option<FileId>) -> Result<String> {
+    let unknown = || DriverError::NotNow("the layer above isn't a file of this directory".into());
+    let id = id.ok_or_else(unknown)?;
+    let mut names = directory.names()?.into_iter();
+    names.find(|name| directory.holds(name, id).unwrap_or(false)).ok_or_else(unknown)
+}
+
+/// Copies the snapshot's data up into the layer above, where the file's own node can't be made writable: QEMU would
+/// reopen it by a name that leads to another file by now.
+async fn stream_up(
+    vm: &Vm,
+    directory: &ImageDirectory,
+    state: &State,
+    place: &Place<'_>,
+    at: usize,
+) -> Result<Removal> {
+    let above = place.chain[at - 1];
+    let device = if at == 1 { place.root.clone() } else { above.name.clone() };
+    if at > 1 && !place.may_become_writable(at - 1) {
+        let file = directory.join(&state.layer);
+        return Err(DriverError::NotNow(format!("{} can only be merged while the VM is stopped", file.display())));
+    }
+    let mut arguments = json!({"job-id": state.job(), "device": device, "auto-dismiss": false});
+    if let Some(below) = place.chain.get(at + 1) {
+        arguments["base-node"] = below.name.clone().into();
+        arguments["backing-file"] = below_name(directory, state)?.into();
+    }
+    start(vm, state, "block-stream", &arguments).await?;
+    jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
+    jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+    Ok(Removal::Again)
+}
+
+/// What the snapshot's own header calls the file below it: the layer above must call it the same.
+fn below_name(directory: &ImageDirectory, state: &State) -> Result<String> {
+    let header = super::prepare::header(directory, &state.layer)?;
+    header.backing.ok_or_else(|| DriverError::NotNow(format!("{} names no backing file", state.layer)))
+}
+
+async fn start(vm: &Vm, state: &State, command: &str, arguments: &Value) -> Result<()> {
+    if jobs::find(vm.qmp(), &state.job()).await?.is_some() {
+        return Ok(());
+    }
+    let doing = format!("start {command} for {}", state.layer);
+    vm.qmp().execute::<Value>(command, arguments, QMP_TIMEOUT).await.map(drop).map_err(qemu(doing))
+}

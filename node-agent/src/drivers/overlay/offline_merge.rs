@@ -1,0 +1,128 @@
+//! The same merge while the VM is stopped: the chain is read from the images' headers.
+
+use freezeframe_guard::{Exchange, Kind as ExchangeKind};
+use serde_json::json;
+
+use super::merge::kept_for;
+use super::prepare::{dependents, header};
+use super::state::{Merging, State};
+use crate::drivers::jobs::{self, Wanted};
+use crate::drivers::{DriverError, Env, Removal, Result, qemu};
+use crate::hypervisor::QMP_TIMEOUT;
+use crate::hypervisor::image::ImageDirectory;
+use crate::hypervisor::offline::{OfflineError, StorageDaemon};
+
+/// The chain is never deeper than this; a longer one is a loop.
+const DEEPEST: usize = 1024;
+
+/// Takes one step of merging the layer above a snapshot's file into it.
+pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    if let Some(merging) = &mut state.merging {
+        // The job is done when the layer over the one above already names this file.
+        if !chain(directory, &state.disk_file)?.contains(&merging.above) {
+            merging.done = true;
+            return Ok(Removal::Again);
+        }
+    }
+    let chain = chain(directory, &state.disk_file)?;
+    let at = chain.iter().position(|name| *name == state.layer);
+    let users = dependents(directory, state.base)?;
+    match at {
+        None if users.is_empty() => {
+            directory.unlink(&state.layer)?;
+            Ok(Removal::Done)
+        }
+        Some(at) if at > 0 && users == [chain[at - 1].clone()] => merge_above(env, directory, state, &chain, at).await,
+        _ => Err(DriverError::NotNow(format!(
+            "{} is needed by {}",
+            directory.join(&state.layer).display(),
+            users.join(", ")
+        ))),
+    }
+}
+
+/// Names of the images of a disk, top first, as far as they are in its own directory.
+fn chain(directory: &ImageDirectory, disk: &str) -> Result<Vec<String>> {
+    let mut names = vec![disk.to_owned()];
+    while let Some(backing) = header(directory, &names[names.len() - 1])?.backing {
+        if backing.contains('/') || directory.id(&backing)?.is_none() || names.len() > DEEPEST {
+            break;
+        }
+        names.push(backing);
+        if header(directory, &names[names.len() - 1]).is_err() {
+            break;
+        }
+    }
+    Ok(names)
+}
+
+async fn merge_above(
+    env: &Env<'_>,
+    directory: &ImageDirectory,
+    state: &mut State,
+    chain: &[String],
+    at: usize,
+) -> Result<Removal> {
+    let above = &chain[at - 1];
+    if at > 1 {
+        if let Some(kept) = kept_for(env, directory, above) {
+            return Ok(kept);
+        }
+        if state.merging.is_none() {
+            let above_id = directory.id(above)?;
+            let above_id = above_id.ok_or_else(|| DriverError::NotNow(format!("{above} is gone")))?;
+            state.merging = Some(Merging { above: above.clone(), above_id, done: false });
+            return Ok(Removal::Again);
+        }
+    }
+    let daemon = StorageDaemon::start().await.map_err(|error| offline(&error))?;
+    daemon.open("base", &directory.join(&state.layer), None).await.map_err(|error| offline(&error))?;
+    daemon.open("above", &directory.join(above), Some("base")).await.map_err(|error| offline(&error))?;
+    let over = (at > 1).then(|| &chain[at - 2]);
+    if let Some(over) = over {
+        daemon.open("over", &directory.join(over), Some("above")).await.map_err(|error| offline(&error))?;
+    }
+    daemon.hold(if over.is_some() { "over" } else { "above" }).await.map_err(|error| offline(&error))?;
+    match over {
+        Some(_) => commit_middle(&daemon, state).await?,
+        None => commit_disk(&daemon, directory, state).await?,
+    }
+    daemon.stop().await.map_err(|error| offline(&error))?;
+    Ok(Removal::Again)
+}
+
+async fn commit_middle(daemon: &StorageDaemon, state: &State) -> Result<()> {
+    let arguments = json!({
+        "job-id": state.job(), "device": "over", "top-node": "above", "base-node": "base",
+        "backing-file": state.layer, "auto-dismiss": false,
+    });
+    daemon.qmp().block_commit(&arguments, QMP_TIMEOUT).await.map_err(qemu("start the merge"))?;
+    jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await
+}
+
+/// Merges the disk's own layer; the name changes hands while the daemon still holds the locks.
+async fn commit_disk(daemon: &StorageDaemon, directory: &ImageDirectory, state: &State) -> Result<()> {
+    let arguments = json!({"job-id": state.job(), "device": "above", "base-node": "base", "auto-dismiss": false});
+    daemon.qmp().block_commit(&arguments, QMP_TIMEOUT).await.map_err(qemu("start the merge"))?;
+    jobs::wait(daemon.qmp(), &state.job(), Wanted::Ready).await?;
+    daemon.qmp().job_complete(&state.job(), QMP_TIMEOUT).await.map_err(qemu("complete the merge"))?;
+    jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
+    directory.sync_file(&state.layer)?;
+    let active = directory.id(&state.disk_file)?;
+    let active = active.ok_or_else(|| DriverError::NotNow(format!("{} is gone", state.disk_file)))?;
+    let exchange = Exchange {
+        directory: state.directory.clone(),
+        a: state.disk_file.clone(),
+        b: state.layer.clone(),
+        a_inode: active.inode,
+        when_active: "base".into(),
+        kind: ExchangeKind::Replace,
+    };
+    exchange.apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
+}
+
+fn offline(error: &OfflineError) -> DriverError {
+    use std::error::Error as _;
+    let cause = error.source().map(ToString::to_string).unwrap_or_default();
+    DriverError::NotNow(format!("{error}: {cause}"))
+}

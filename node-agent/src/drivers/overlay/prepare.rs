@@ -1,0 +1,174 @@
+//! Before and after the cut: the new layer, made and opened; the base, held by descriptor and verified.
+
+use freezeframe_qemu::{BlockGraph, Node};
+use rustix::fs::OFlags;
+use serde_json::{Value, json};
+use std::fs::File;
+
+use super::state::State;
+use crate::drivers::{DiskTask, DriverError, Result, qemu};
+use crate::hypervisor::graph::hand_over;
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots};
+use crate::hypervisor::qcow2::{Header, read_header};
+use crate::hypervisor::{QMP_TIMEOUT, Vm};
+
+/// Bytes that a new layer may need before its first cluster of data.
+const LAYER_METADATA: u64 = 4 << 20;
+
+/// Makes the new layer's file, unless it is there.
+pub async fn make_layer(roots: &ImageRoots, task: &DiskTask, state: &mut State) -> Result<()> {
+    let directory = roots.directory(&state.directory)?;
+    if state.overlay.is_some() && state.overlay == directory.id(&state.layer)? {
+        return Ok(());
+    }
+    let free = directory.free_bytes()?;
+    if free < LAYER_METADATA {
+        return Err(DriverError::NoSpace { path: directory.join(&state.layer), needed: LAYER_METADATA, free });
+    }
+    let unfinished = state.unfinished();
+    directory.unlink(&unfinished)?;
+    // It backs onto its own name: after the exchange that is the base's. qemu-img refuses an image that names itself,
+    // so it is made under another name first; `-u` keeps it from opening what isn't there yet.
+    let path = directory.join(&unfinished);
+    let size = task.size.to_string();
+    let arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", &state.layer];
+    crate::drivers::qemu_img(&arguments, &path, Some(&size)).await.map_err(|error| error.or_no_space(&directory))?;
+    directory.copy_ownership(&unfinished, &directory, &state.disk_file)?;
+    directory.sync_file(&unfinished)?;
+    directory.rename_new(&unfinished, &state.layer)?;
+    state.overlay = directory.id(&state.layer)?;
+    Ok(())
+}
+
+/// Opens the new layer in QEMU, with no backing node yet: the transaction gives it one.
+pub async fn open_layer(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &State) -> Result<()> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    if graph.node(&state.layer_node()).is_some() {
+        return Ok(());
+    }
+    let base = graph.node(&state.base_node);
+    let base = base.ok_or_else(|| DriverError::Verify(format!("node {} is gone", state.base_node)))?;
+    if base.virtual_size != task.size {
+        return Err(DriverError::NotNow(format!("disk {} is being resized", task.disk)));
+    }
+    let directory = roots.directory(&state.directory)?;
+    let file = hand_over(vm.qmp(), &directory, &state.layer).await?;
+    let file_node = file_options(&state.layer_file_node(), &file, base, false);
+    vm.qmp().blockdev_add(&file_node, QMP_TIMEOUT).await.map_err(qemu("open the new layer's file"))?;
+    let layer = json!({
+        "driver": "qcow2",
+        "node-name": state.layer_node(),
+        "file": state.layer_file_node(),
+        "backing": null,
+        "cache": cache_options(base),
+        "detect-zeroes": base.detect_zeroes,
+        "discard": "unmap",
+    });
+    vm.qmp().blockdev_add(&layer, QMP_TIMEOUT).await.map_err(qemu("open the new layer"))
+}
+
+fn file_options(node: &str, file: &str, like: &Node, auto_read_only: bool) -> Value {
+    json!({
+        "driver": "file",
+        "node-name": node,
+        "filename": file,
+        "cache": cache_options(like),
+        "auto-read-only": auto_read_only,
+        "discard": "unmap",
+    })
+}
+
+fn cache_options(like: &Node) -> Value {
+    json!({"direct": like.cache.direct, "no-flush": like.cache.no_flush})
+}
+
+/// Points the base's format node at the base's file by descriptor, so that it doesn't matter any more that its name
+/// belongs to the new layer now. A node that QEMU named itself can't be repointed; it is left, and merging knows.
+pub async fn pin_base(vm: &Vm, roots: &ImageRoots, state: &State) -> Result<()> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    let Some(base) = graph.node(&state.base_node) else { return Ok(()) };
+    if base.auto_named || graph.node(&state.base_file_node()).is_some() {
+        return Ok(());
+    }
+    pin(vm, roots, &graph, base, &state.directory, &state.layer, &state.base_file_node()).await
+}
+
+/// Reopens a format node, read-only, on the file that `name` is in `directory`, by descriptor.
+pub async fn pin(
+    vm: &Vm,
+    roots: &ImageRoots,
+    graph: &BlockGraph,
+    node: &Node,
+    directory: &std::path::Path,
+    name: &str,
+    file_node: &str,
+) -> Result<()> {
+    let directory = roots.directory(directory)?;
+    let file = hand_over(vm.qmp(), &directory, name).await?;
+    let options = file_options(file_node, &file, node, true);
+    vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))?;
+    let options = json!({
+        "driver": node.driver,
+        "node-name": node.name,
+        "file": file_node,
+        "backing": node.backing,
+        "read-only": true,
+        "cache": cache_options(node),
+        "detect-zeroes": node.detect_zeroes,
+    });
+    let old_file = graph.node(&node.name).and_then(|node| node.file_child.clone());
+    vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await.map_err(qemu("hold the base by descriptor"))?;
+    forget_node(vm, old_file.as_deref()).await;
+    Ok(())
+}
+
+/// Closes a node that nothing uses any more. One that QEMU opened itself is gone already, and one that is still used
+/// stays: neither is an error.
+pub async fn forget_node(vm: &Vm, node: Option<&str>) {
+    let Some(node) = node else { return };
+    if let Err(error) = vm.qmp().blockdev_del(node, QMP_TIMEOUT).await {
+        tracing::debug!(node, %error, "node was not closed");
+    }
+}
+
+/// Checks what the cut left behind: names, headers and the graph all say the same.
+pub async fn verify(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &State) -> Result<()> {
+    let directory = roots.directory(&state.directory)?;
+    let wrong = |what: &str| Err(DriverError::Verify(format!("disk {}: {what}", task.disk)));
+    if state.overlay.is_none() || directory.id(&state.disk_file)? != state.overlay {
+        return wrong("the new layer doesn't have the disk's name");
+    }
+    if !directory.holds(&state.layer, state.base)? {
+        return wrong("the snapshot's name doesn't lead to the former disk");
+    }
+    let header = header(&directory, &state.disk_file)?;
+    if header.backing.as_deref() != Some(state.layer.as_str()) || header.virtual_size != task.size {
+        return wrong("the new layer's header doesn't name the snapshot");
+    }
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    let layer = graph.node(&state.layer_node());
+    if layer.and_then(|layer| layer.backing.as_deref()) != Some(state.base_node.as_str()) {
+        return wrong("QEMU doesn't have the new layer on top of the snapshot");
+    }
+    Ok(())
+}
+
+/// The header of an image in `directory`.
+pub fn header(directory: &ImageDirectory, name: &str) -> Result<Header> {
+    let mut file = File::from(directory.open(name, OFlags::RDONLY)?);
+    read_header(&mut file).map_err(|source| DriverError::Header { path: directory.join(name), source })
+}
+
+/// Files of `directory` that back onto the file `id`, by their headers.
+pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>> {
+    let mut found = vec![];
+    for name in directory.names()? {
+        // A file that isn't a qcow2 image, or isn't a file, backs onto nothing.
+        let Ok(Header { backing: Some(backing), .. }) = header(directory, &name) else { continue };
+        let plain = !backing.contains('/') && backing != name;
+        if plain && directory.id(&backing).is_ok_and(|found| found == Some(id)) {
+            found.push(name);
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,87 @@
+//! What the overlay driver remembers of one disk.
+
+use std::path::PathBuf;
+
+use freezeframe_qemu::BlockGraph;
+use serde::{Deserialize, Serialize};
+
+use crate::drivers::{DiskTask, DriverError, Result};
+use crate::hypervisor::image::{FileId, ImageError, ImageRoots};
+
+/// The record of one disk's layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Directory of the disk's image and of all its layers.
+    pub directory: PathBuf,
+    /// Name of the disk's image, which the VM's command line has.
+    pub disk_file: String,
+    /// Name of the new layer before the cut, of the snapshot after it.
+    pub layer: String,
+    /// The file that was the disk before the cut, and is the snapshot after it.
+    pub base: FileId,
+    /// The new layer's file, once made.
+    pub overlay: Option<FileId>,
+    /// Node of the disk before the cut.
+    pub base_node: String,
+    /// Prefix of the names of the nodes that we make.
+    pub node_prefix: String,
+    /// The merge that is under way, recorded before it starts.
+    pub merging: Option<Merging>,
+}
+
+/// A merge of the layer above into this snapshot's file, which then belongs to the layer's own snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Merging {
+    /// Name of the file whose data moves.
+    pub above: String,
+    /// That file.
+    pub above_id: FileId,
+    /// Whether the job is known to be done: the file above is then garbage.
+    pub done: bool,
+}
+
+impl State {
+    /// Names what will be made for a disk.
+    pub fn plan(task: &DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<Self> {
+        let path = task.path.as_deref().ok_or_else(|| DriverError::Verify("the disk has no file".into()))?;
+        let (directory, disk_file) = roots.directory_of(path)?;
+        let base = directory.id(&disk_file)?.ok_or_else(|| ImageError::NotRegular(path.to_owned()))?;
+        let node = graph.node(&task.node);
+        node.ok_or_else(|| DriverError::Verify(format!("node {} is gone", task.node)))?;
+        Ok(Self {
+            directory: directory.path().to_owned(),
+            layer: format!("{disk_file}.vmsnap-{}", task.id),
+            disk_file,
+            base,
+            overlay: None,
+            base_node: task.node.clone(),
+            node_prefix: format!("ff-{}-{}", task.id, task.index),
+            merging: None,
+        })
+    }
+
+    /// Name of the layer while it is being made.
+    pub fn unfinished(&self) -> String {
+        format!("{}.new", self.layer)
+    }
+
+    /// Node of the new layer.
+    pub fn layer_node(&self) -> String {
+        format!("{}-o", self.node_prefix)
+    }
+
+    /// Node of the new layer's file.
+    pub fn layer_file_node(&self) -> String {
+        format!("{}-of", self.node_prefix)
+    }
+
+    /// Node of the base's file once it is held by descriptor.
+    pub fn base_file_node(&self) -> String {
+        format!("{}-bf", self.node_prefix)
+    }
+
+    /// The job that merges into this snapshot's file.
+    pub fn job(&self) -> String {
+        format!("{}-merge", self.node_prefix)
+    }
+}

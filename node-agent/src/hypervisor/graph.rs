@@ -1,0 +1,179 @@
+//! Which file each node of a block graph really holds.
+//!
+//! QEMU reports names, and names change hands at a cut. What a node holds is certain in two cases: we handed the file
+//! over as a descriptor (*pinned*), or nobody else holds the file that its name leads to now (*named*). A node whose
+//! name leads to a file that a pinned node holds is *stale*: QEMU would reopen it by that name and destroy data, so it
+//! must never become writable again.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use freezeframe_qemu::{BlockGraph, Node};
+use freezeframe_qemu::{FdSet, Qmp, Result as QemuResult};
+use rustix::fs::OFlags;
+use std::os::fd::AsFd;
+
+use super::QMP_TIMEOUT;
+use super::image::{FileId, ImageDirectory, ImageError, ImageRoots};
+
+const OPAQUE_PREFIX: &str = "freezeframe:";
+const FDSET_PREFIX: &str = "/dev/fdset/";
+/// Sets below this number are left to the VM's owner.
+const FIRST_FDSET: i64 = 7_000;
+
+/// What is known of a node's file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeFile {
+    /// Held by descriptor: names don't matter to QEMU.
+    Pinned {
+        /// The file.
+        id: FileId,
+        /// The directory it was in when it was handed over; files don't move between directories.
+        directory: PathBuf,
+    },
+    /// Held by a name that still leads to it.
+    Named {
+        /// The file.
+        id: FileId,
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Held by a name that now leads to another file, or nowhere.
+    Stale,
+    /// Not a file that we may touch: another protocol, or outside the image roots.
+    Foreign {
+        /// Why, in words.
+        why: String,
+    },
+}
+
+impl NodeFile {
+    /// The file, where it is certain.
+    #[must_use]
+    pub fn id(&self) -> Option<FileId> {
+        match self {
+            Self::Pinned { id, .. } | Self::Named { id, .. } => Some(*id),
+            Self::Stale | Self::Foreign { .. } => None,
+        }
+    }
+
+    /// Whether QEMU can switch the node to writable without opening another file by its name.
+    #[must_use]
+    pub fn may_become_writable(&self) -> bool {
+        matches!(self, Self::Pinned { .. } | Self::Named { .. })
+    }
+}
+
+/// Reads which file each node holds.
+pub async fn node_files(
+    qmp: &Qmp,
+    graph: &BlockGraph,
+    roots: &ImageRoots,
+    qemu_directory: Option<&Path>,
+) -> QemuResult<HashMap<String, NodeFile>> {
+    let sets = qmp.query_fdsets(QMP_TIMEOUT).await?;
+    let pinned = |node: &Node| pinned_file(node, &sets);
+    let held: HashSet<FileId> = graph.nodes().filter_map(|node| pinned(node).and_then(|file| file.id())).collect();
+    let resolve = |node: &Node| pinned(node).unwrap_or_else(|| named_file(node, roots, qemu_directory, &held));
+    Ok(graph.nodes().map(|node| (node.name.clone(), resolve(node))).collect())
+}
+
+fn pinned_file(node: &Node, sets: &[FdSet]) -> Option<NodeFile> {
+    let number: i64 = node.file.strip_prefix(FDSET_PREFIX)?.parse().ok()?;
+    let set = sets.iter().find(|set| set.id == number)?;
+    set.fds.iter().find_map(|fd| parse_opaque(fd.opaque.as_deref()?))
+}
+
+fn named_file(node: &Node, roots: &ImageRoots, qemu_directory: Option<&Path>, held: &HashSet<FileId>) -> NodeFile {
+    let path = match qemu_directory {
+        Some(directory) => directory.join(&node.file),
+        None => PathBuf::from(&node.file),
+    };
+    let found = roots.directory_of(&path).and_then(|(directory, name)| directory.id(&name));
+    match found {
+        Ok(Some(id)) if !held.contains(&id) => NodeFile::Named { id, path },
+        Ok(_) => NodeFile::Stale,
+        Err(error) => NodeFile::Foreign { why: error.to_string() },
+    }
+}
+
+fn opaque(id: FileId, directory: &Path) -> String {
+    format!("{OPAQUE_PREFIX}{}:{}:{}", id.device, id.inode, directory.display())
+}
+
+fn parse_opaque(text: &str) -> Option<NodeFile> {
+    let mut parts = text.strip_prefix(OPAQUE_PREFIX)?.splitn(3, ':');
+    let id = FileId { device: parts.next()?.parse().ok()?, inode: parts.next()?.parse().ok()? };
+    Some(NodeFile::Pinned { id, directory: parts.next()?.into() })
+}
+
+/// Working directory of the QEMU process, against which its relative names are meant; none if it isn't visible.
+#[must_use]
+pub fn working_directory(pid: i32) -> Option<PathBuf> {
+    (pid > 0).then(|| std::fs::read_link(format!("/proc/{pid}/cwd")).ok()).flatten()
+}
+
+/// Why a file couldn't be handed to QEMU.
+#[derive(Debug, thiserror::Error)]
+pub enum HandOverError {
+    /// The file couldn't be opened.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// QEMU refused it.
+    #[error("failed to hand {path} to QEMU")]
+    Qemu {
+        /// The file.
+        path: PathBuf,
+        /// QEMU's answer.
+        #[source]
+        source: freezeframe_qemu::Error,
+    },
+}
+
+/// Hands a file to QEMU as a set of two descriptors, read-write and read-only, and returns the name to open it by.
+///
+/// Two, because QEMU takes from the set the one whose access fits, each time it switches the node.
+pub async fn hand_over(qmp: &Qmp, directory: &ImageDirectory, name: &str) -> Result<String, HandOverError> {
+    let path = directory.join(name);
+    let refused = |source| HandOverError::Qemu { path: path.clone(), source };
+    let id = directory.id(name)?.ok_or_else(|| ImageError::NotRegular(path.clone()))?;
+    let sets = qmp.query_fdsets(QMP_TIMEOUT).await.map_err(refused)?;
+    let number = sets.iter().map(|set| set.id + 1).max().unwrap_or(0).max(FIRST_FDSET);
+    for access in [OFlags::RDWR, OFlags::RDONLY] {
+        let file = directory.open(name, access)?;
+        let text = opaque(id, directory.path());
+        qmp.add_fd(number, &text, file.as_fd(), QMP_TIMEOUT).await.map_err(refused)?;
+    }
+    Ok(format!("{FDSET_PREFIX}{number}"))
+}
+
+/// Takes back every set that holds `id`; QEMU closes its descriptors when no node uses them any more.
+pub async fn take_back(qmp: &Qmp, id: FileId) -> QemuResult<()> {
+    for set in qmp.query_fdsets(QMP_TIMEOUT).await? {
+        let ours =
+            set.fds.iter().any(|fd| fd.opaque.as_deref().and_then(parse_opaque).and_then(|file| file.id()) == Some(id));
+        if ours {
+            qmp.remove_fdset(set.id, QMP_TIMEOUT).await?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_opaque_string_is_read_back_whatever_the_directory_is_called() {
+        let id = FileId { device: 65024, inode: 12 };
+        let directory = PathBuf::from("/images/a:b/c");
+        assert_eq!(parse_opaque(&opaque(id, &directory)), Some(NodeFile::Pinned { id, directory }));
+    }
+
+    #[test]
+    fn somebody_elses_opaque_string_is_not_ours() {
+        for text in ["", "rdwr:/x", "freezeframe:", "freezeframe:1:x:/d", "freezeframe:1:2"] {
+            assert_eq!(parse_opaque(text), None);
+        }
+    }
+}

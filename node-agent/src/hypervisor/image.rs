@@ -1,0 +1,220 @@
+//! Image files on this node, opened beneath the roots that the agent's configuration allows.
+//!
+//! QEMU tells us its images' paths, and QEMU is not trusted: a path outside the roots, a symbolic link, or anything
+//! but a regular file is refused before something is created, renamed or handed over.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+/// What can go wrong with an image file.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The path isn't absolute or has no file name.
+    #[error("{0} is not the absolute path of a file")]
+    NotAFilePath(PathBuf),
+    /// The path is outside all roots.
+    #[error("{0} is not beneath an image root of this node's agent")]
+    OutsideRoots(PathBuf),
+    /// Not a regular file.
+    #[error("{0} is not a regular file")]
+    NotRegular(PathBuf),
+    /// The operating system refused.
+    #[error("failed to {doing} {path}")]
+    Io {
+        /// What we were doing.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl ImageError {
+    /// Whether the file system is full, or a quota is used up.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+    }
+
+    /// Whether the file isn't there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
+type Result<T> = std::result::Result<T, ImageError>;
+
+/// A file by what it is, not by its name: names change hands at a cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FileId {
+    /// The file system.
+    pub device: u64,
+    /// The inode there.
+    pub inode: u64,
+}
+
+/// Where images may be.
+#[derive(Clone, Debug)]
+pub struct ImageRoots(Vec<PathBuf>);
+
+impl ImageRoots {
+    /// Allows everything beneath `roots`.
+    #[must_use]
+    pub fn new(roots: Vec<PathBuf>) -> Self {
+        Self(roots)
+    }
+
+    /// Opens the directory of the image at `path`, following no symbolic link below the root.
+    pub fn directory_of(&self, path: &Path) -> Result<(ImageDirectory, String)> {
+        let name = path.file_name().and_then(|name| name.to_str()).filter(|_| path.is_absolute());
+        let (Some(name), Some(parent)) = (name, path.parent()) else {
+            return Err(ImageError::NotAFilePath(path.to_owned()));
+        };
+        Ok((self.directory(parent)?, name.to_owned()))
+    }
+
+    /// Opens a directory beneath a root, following no symbolic link below the root.
+    pub fn directory(&self, path: &Path) -> Result<ImageDirectory> {
+        let outside = || ImageError::OutsideRoots(path.to_owned());
+        let root = self.0.iter().find(|root| path.starts_with(root)).ok_or_else(outside)?;
+        let beneath = path.strip_prefix(root).map_err(|_| outside())?;
+        let io = |source: Errno| io_error("open directory", path, source);
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(root, flags | OFlags::PATH, Mode::empty()).map_err(io)?;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let beneath = if beneath.as_os_str().is_empty() { Path::new(".") } else { beneath };
+        let fd = rustix::fs::openat2(&root, beneath, flags | OFlags::RDONLY, Mode::empty(), resolve).map_err(io)?;
+        Ok(ImageDirectory { path: path.to_owned(), fd })
+    }
+}
+
+/// An opened directory of images; every name below is a plain file name in it.
+pub struct ImageDirectory {
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl ImageDirectory {
+    /// The directory's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Path of a file in it, for reports and for QEMU's command lines.
+    #[must_use]
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Which file has that name now; none if the name is free.
+    pub fn id(&self, name: &str) -> Result<Option<FileId>> {
+        match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {
+                Ok(Some(FileId { device: found.st_dev, inode: found.st_ino }))
+            }
+            Ok(_) => Err(ImageError::NotRegular(self.join(name))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(source) => Err(io_error("examine", &self.join(name), source)),
+        }
+    }
+
+    /// Whether that name is taken by exactly that file.
+    pub fn holds(&self, name: &str, id: FileId) -> Result<bool> {
+        Ok(self.id(name)? == Some(id))
+    }
+
+    /// Opens a file of it.
+    pub fn open(&self, name: &str, access: OFlags) -> Result<OwnedFd> {
+        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
+            .map_err(|source| io_error("open", &self.join(name), source))?;
+        self.id(name)?.ok_or_else(|| io_error("open", &self.join(name), Errno::NOENT))?;
+        Ok(fd)
+    }
+
+    /// Gives `name` the owner and mode of `like`, so that QEMU may use the one as it may the other.
+    pub fn copy_ownership(&self, name: &str, like: &ImageDirectory, like_name: &str) -> Result<()> {
+        let io = |source| io_error("give an owner to", &self.join(name), source);
+        let found = rustix::fs::statat(&like.fd, like_name, AtFlags::SYMLINK_NOFOLLOW).map_err(io)?;
+        let file = self.open(name, OFlags::RDWR)?;
+        let (uid, gid) = (rustix::fs::Uid::from_raw(found.st_uid), rustix::fs::Gid::from_raw(found.st_gid));
+        rustix::fs::fchown(&file, Some(uid), Some(gid)).map_err(io)?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(found.st_mode & 0o777)).map_err(io)
+    }
+
+    /// Gives a file a new name that must be free, on disk before this returns.
+    pub fn rename_new(&self, from: &str, to: &str) -> Result<()> {
+        rustix::fs::renameat_with(&self.fd, from, &self.fd, to, RenameFlags::NOREPLACE)
+            .map_err(|source| io_error("rename to", &self.join(to), source))?;
+        self.sync()
+    }
+
+    /// Removes a name, on disk before this returns; a free name is fine.
+    pub fn unlink(&self, name: &str) -> Result<()> {
+        match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => self.sync(),
+            Err(source) => Err(io_error("delete", &self.join(name), source)),
+        }
+    }
+
+    /// Makes renames durable.
+    pub fn sync(&self) -> Result<()> {
+        rustix::fs::fsync(&self.fd).map_err(|source| io_error("sync directory", &self.path, source))
+    }
+
+    /// Writes a file's data to the disk.
+    pub fn sync_file(&self, name: &str) -> Result<()> {
+        let file = self.open(name, OFlags::RDONLY)?;
+        rustix::fs::fsync(&file).map_err(|source| io_error("sync", &self.join(name), source))
+    }
+
+    /// Names of all files in it.
+    pub fn names(&self) -> Result<Vec<String>> {
+        let io = |source| io_error("list directory", &self.path, source);
+        let entries = rustix::fs::Dir::read_from(&self.fd).map_err(io)?;
+        let names = entries.filter_map(|entry| match entry {
+            Ok(entry) => entry.file_name().to_str().ok().map(|name| Ok(name.to_owned())),
+            Err(source) => Some(Err(io(source))),
+        });
+        names.collect()
+    }
+
+    /// Bytes that are free for us on its file system.
+    pub fn free_bytes(&self) -> Result<u64> {
+        let found = rustix::fs::fstatvfs(&self.fd).map_err(|source| io_error("examine", &self.path, source))?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+
+    /// Makes a directory below it if there is none, and opens it.
+    pub fn subdirectory(&self, name: &str) -> Result<Self> {
+        let path = self.join(name);
+        match rustix::fs::mkdirat(&self.fd, name, Mode::from_raw_mode(0o700)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(source) => return Err(io_error("make directory", &path, source)),
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
+            .map_err(|source| io_error("open directory", &path, source))?;
+        Ok(Self { path, fd })
+    }
+}
+
+/// Opens a directory that the agent's own configuration or an administrator's class names: no root applies.
+pub fn trusted_directory(path: &Path) -> Result<ImageDirectory> {
+    let fd = rustix::fs::openat(CWD, path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|source| io_error("open directory", path, source))?;
+    Ok(ImageDirectory { path: path.to_owned(), fd })
+}
+
+fn io_error(doing: &'static str, path: &Path, source: Errno) -> ImageError {
+    ImageError::Io { doing, path: path.to_owned(), source: source.into() }
+}

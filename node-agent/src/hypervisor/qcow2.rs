@@ -1,0 +1,103 @@
+//! The few fields of a qcow2 header that a chain is made of, read without QEMU.
+//!
+//! The header of an image that a guest can't write was written by QEMU; it is still read as hostile input: a fixed
+//! prefix, and a backing name of at most 1023 bytes, which is the format's own limit.
+
+use std::io::{Read, Seek, SeekFrom};
+
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+const LONGEST_NAME: u32 = 1023;
+
+/// What a header says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Virtual size, in bytes.
+    pub virtual_size: u64,
+    /// The backing string as it stands there; relative to the image's directory unless absolute.
+    pub backing: Option<String>,
+}
+
+/// Why a header can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HeaderError {
+    /// Not a qcow2 image.
+    #[error("not a qcow2 image")]
+    NotQcow2,
+    /// The backing string is longer than the format allows, or not text.
+    #[error("the backing string is malformed")]
+    BadBacking,
+    /// The file couldn't be read.
+    #[error("failed to read the image's header")]
+    Io(#[from] std::io::Error),
+}
+
+/// Reads the header of an image.
+pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError> {
+    let mut prefix = [0_u8; 32];
+    image.seek(SeekFrom::Start(0))?;
+    image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
+    if prefix[..4] != MAGIC {
+        return Err(HeaderError::NotQcow2);
+    }
+    let length = be32(&prefix[16..20]);
+    let backing = if length == 0 { None } else { Some(read_backing(image, be64(&prefix[8..16]), length)?) };
+    Ok(Header { virtual_size: be64(&prefix[24..32]), backing })
+}
+
+fn read_backing(image: &mut (impl Read + Seek), offset: u64, length: u32) -> Result<String, HeaderError> {
+    if length > LONGEST_NAME {
+        return Err(HeaderError::BadBacking);
+    }
+    let mut name = vec![0; length as usize];
+    image.seek(SeekFrom::Start(offset))?;
+    image.read_exact(&mut name).map_err(|_| HeaderError::BadBacking)?;
+    String::from_utf8(name).map_err(|_| HeaderError::BadBacking)
+}
+
+fn short_is_not_qcow2(error: std::io::Error) -> HeaderError {
+    if error.kind() == std::io::ErrorKind::UnexpectedEof { HeaderError::NotQcow2 } else { HeaderError::Io(error) }
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0, |value, byte| value << 8 | u32::from(*byte))
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use super::*;
+
+    fn image(backing: &[u8], claimed: u32) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(3_u32.to_be_bytes());
+        bytes.extend(200_u64.to_be_bytes());
+        bytes.extend(claimed.to_be_bytes());
+        bytes.extend(16_u32.to_be_bytes());
+        bytes.extend(1_048_576_u64.to_be_bytes());
+        bytes.resize(200, 0);
+        bytes.extend(backing);
+        bytes
+    }
+
+    #[test]
+    fn a_header_gives_size_and_backing() {
+        let found = read_header(&mut Cursor::new(image(b"disk.qcow2", 10))).unwrap();
+        assert_eq!(found, Header { virtual_size: 1_048_576, backing: Some("disk.qcow2".into()) });
+        assert_eq!(read_header(&mut Cursor::new(image(b"", 0))).unwrap().backing, None);
+    }
+
+    #[test]
+    fn a_hostile_header_is_refused() {
+        for bytes in [image(b"x", u32::MAX), image(b"x", 500), image(b"\xff\xfe", 2)] {
+            assert!(matches!(read_header(&mut Cursor::new(bytes)), Err(HeaderError::BadBacking)));
+        }
+        for bytes in [vec![], b"QFI\xfb".to_vec(), vec![0; 4096]] {
+            assert!(matches!(read_header(&mut Cursor::new(bytes)), Err(HeaderError::NotQcow2)));
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What the agent counts and measures.
+
+use std::time::Duration;
+
+use freezeframe_api::conditions;
+use freezeframe_api::conditions::types;
+use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContentStatus};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// Labels of a finished session; both have few values.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ResultLabels {
+    /// `Ready` or `Failed`.
+    pub result: String,
+    /// The condition reason.
+    pub reason: String,
+}
+
+/// The agent's metrics; a clone counts into the same.
+#[derive(Clone)]
+pub struct Metrics {
+    sessions: Family<ResultLabels, Counter>,
+    freeze: Histogram,
+    hold: Histogram,
+    pause: Histogram,
+    deletions: Counter,
+    targets: Gauge,
+    orphans: Gauge,
+}
+
+impl Metrics {
+    /// Registers everything.
+    pub fn new(registry: &mut Registry) -> Self {
+        let buckets = || Histogram::new(exponential_buckets(0.001, 2.0, 15));
+        let metrics = Self {
+            sessions: Family::default(),
+            freeze: buckets(),
+            hold: buckets(),
+            pause: buckets(),
+            deletions: Counter::default(),
+            targets: Gauge::default(),
+            orphans: Gauge::default(),
+        };
+        let registry = registry.sub_registry_with_prefix("freezeframe_agent");
+        registry.register("sessions", "Snapshots that ended on this node", metrics.sessions.clone());
+        let time = |registry: &mut Registry, name: &str, help: &str, histogram: &Histogram| {
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+        };
+        time(registry, "freeze", "Freeze sent to freeze answered: the guest's part", &metrics.freeze);
+        time(registry, "hold", "Freeze answered to thaw sent: our part", &metrics.hold);
+        time(registry, "pause", "Virtual CPUs stopped by us, where they were", &metrics.pause);
+        registry.register("deletions", "Snapshots deleted on this node", metrics.deletions.clone());
+        registry.register("targets", "VMs found on this node", metrics.targets.clone());
+        registry.register(
+            "orphans",
+            "Snapshots on this node without an object in the cluster",
+            metrics.orphans.clone(),
+        );
+        metrics
+    }
+
+    /// Counts a session that ended.
+    pub fn session_ended(&self, status: &VMSnapshotContentStatus) {
+        let result = match status.phase {
+            Some(ContentPhase::Ready) => "Ready",
+            Some(ContentPhase::Failed) => "Failed",
+            _ => return,
+        };
+        let reason = conditions::find(&status.conditions, types::READY).map_or("", |ready| &ready.reason);
+        self.sessions.get_or_create(&ResultLabels { result: result.into(), reason: reason.into() }).inc();
+        let Some(evidence) = &status.consistency else { return };
+        let seconds = |millis: i64| Duration::from_millis(millis.unsigned_abs()).as_secs_f64();
+        evidence.freeze_millis.into_iter().for_each(|millis| self.freeze.observe(seconds(millis)));
+        evidence.hold_millis.into_iter().for_each(|millis| self.hold.observe(seconds(millis)));
+        if evidence.pause_millis > 0 {
+            self.pause.observe(seconds(evidence.pause_millis));
+        }
+    }
+
+    /// Counts a deletion that ended.
+    pub fn deletion_ended(&self) {
+        self.deletions.inc();
+    }
+
+    /// Sets the number of VMs.
+    pub fn set_targets(&self, number: usize) {
+        self.targets.set(i64::try_from(number).unwrap_or(i64::MAX));
+    }
+
+    /// Sets the number of snapshots that nobody asks for any more.
+    pub fn set_orphans(&self, number: usize) {
+        self.orphans.set(i64::try_from(number).unwrap_or(i64::MAX));
+    }
+}

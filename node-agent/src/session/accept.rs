@@ -1,0 +1,190 @@
+//! Whether a work order can be served: the VM, its disks, its drivers, its guest agent. Nothing is changed here.
+
+use std::time::Duration;
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback};
+use freezeframe_qemu::{BlockGraph, FreezeStatus};
+
+use super::Sessions;
+use super::order::Order;
+use super::outcome::{Failure, chain};
+use super::window::Freeze;
+use crate::drivers::DiskTask;
+use crate::drivers::choice::{Candidate, candidates, choose};
+use crate::hypervisor::disks::{Disks, FoundDisk, disks};
+use crate::hypervisor::{AGENT_TIMEOUT, OpenError, QMP_TIMEOUT, Vm};
+
+/// How long the guest agent may take to answer the first sync.
+const AGENT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// An order that can be served.
+pub struct Accepted {
+    /// The disks, each with its driver.
+    pub tasks: Vec<DiskTask>,
+    /// The block graph that they were found in.
+    pub graph: BlockGraph,
+    /// Whether the VM's virtual CPUs run.
+    pub running: bool,
+    /// Whether the cut needs them stopped, freeze or not.
+    pub needs_pause: bool,
+}
+
+/// Connects to the order's VM.
+pub async fn open(sessions: &Sessions, order: &Order) -> Result<Vm, Failure> {
+    let owed = sessions.guard.owed(&order.vm.to_string()).await;
+    match owed {
+        Ok(false) => {}
+        Ok(true) => {
+            let message = format!("the guard still owes VM {} a thaw from an earlier window", order.vm);
+            return Err(Failure::new(reasons::THAW_OWED, message));
+        }
+        Err(error) => return Err(Failure::new(reasons::GUARD_UNAVAILABLE, chain(&error))),
+    }
+    Vm::open(&sessions.vm_root, &order.vm).await.map_err(|error| {
+        let reason = match error {
+            OpenError::NotRunning(_) => reasons::VM_NOT_RUNNING,
+            OpenError::Monitor { .. } => reasons::VM_BUSY,
+        };
+        Failure::refused(reason, chain(&error))
+    })
+}
+
+/// Finds the disks and chooses a driver for each.
+pub async fn accept(sessions: &Sessions, order: &Order, vm: &Vm) -> Result<Accepted, Failure> {
+    let candidates = candidates(&order.drivers).map_err(|error| Failure::refused(error.reason(), chain(&error)))?;
+    let running = check_state(order, vm).await?;
+    let Disks { found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
+    let wanted = select(order, found, &out_of_reach)?;
+    let tasks = wanted.iter().enumerate().map(|(index, disk)| task(order, index, disk, &candidates));
+    let tasks = tasks.collect::<Result<Vec<_>, _>>()?;
+    let iothreads = vm.qmp().query_iothreads(QMP_TIMEOUT).await.map_err(|error| busy(&error))?;
+    // Whether one transaction over disks on different iothreads is one instant has not been shown.
+    Ok(Accepted { tasks, graph, running, needs_pause: !iothreads.is_empty() })
+}
+
+/// Whether the virtual CPUs run; a state in which a cut would be unsafe is refused.
+async fn check_state(order: &Order, vm: &Vm) -> Result<bool, Failure> {
+    let state = vm.run_state().await.map_err(|error| busy(&error))?;
+    let refuse = |reason, what: String| Err(Failure::refused(reason, format!("VM {} {what}", order.vm)));
+    let migration = vm.qmp().query_migrate_status(QMP_TIMEOUT).await.map_err(|error| busy(&error))?;
+    let settled = ["none", "completed", "failed", "cancelled"];
+    if let Some(status) = migration.filter(|status| !settled.contains(&status.as_str())) {
+        return refuse(reasons::VM_BUSY, format!("has a migration under way ({status})"));
+    }
+    match state.status.as_str() {
+        "running" => Ok(true),
+        "paused" if may_be_crash(order) => Ok(false),
+        "paused" => refuse(reasons::VM_PAUSED, "is paused, so its guest agent can't freeze anything".into()),
+        other => refuse(reasons::VM_BUSY, format!("is in state `{other}`")),
+    }
+}
+
+fn may_be_crash(order: &Order) -> bool {
+    order.required == ConsistencyLevel::Crash || order.fallback == Fallback::Degrade
+}
+
+/// The disks that the order means: none is left out that the user didn't leave out.
+fn select(order: &Order, found: Vec<FoundDisk>, out_of_reach: &[String]) -> Result<Vec<FoundDisk>, Failure> {
+    let known = |name: &String| found.iter().any(|disk| disk.name == *name) || out_of_reach.contains(name);
+    if let Some(missing) = order.include.iter().chain(&order.exclude).find(|name| !known(name)) {
+        let names: Vec<_> = found.iter().map(|disk| disk.name.as_str()).collect();
+        let message = format!("VM {} has no disk `{missing}`; it has {}", order.vm, names.join(", "));
+        return Err(Failure::refused(reasons::DISK_NOT_FOUND, message));
+    }
+    let wanted = |name: &str| {
+        let listed = |list: &[String]| list.iter().any(|listed| listed == name);
+        if order.include.is_empty() { !listed(&order.exclude) } else { listed(&order.include) }
+    };
+    if let Some(name) = out_of_reach.iter().find(|name| wanted(name)) {
+        let message = format!("disk `{name}` stores its data past QEMU's block layer; exclude it to go without it");
+        return Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message));
+    }
+    let named = |disk: &FoundDisk| order.include.contains(&disk.name);
+    let disks: Vec<_> =
+        found.into_iter().filter(|disk| wanted(&disk.name) && (!disk.read_only || named(disk))).collect();
+    if disks.is_empty() {
+        return Err(Failure::refused(reasons::NO_DISKS, format!("VM {} has no disk to take", order.vm)));
+    }
+    Ok(disks)
+}
+
+fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate]) -> Result<DiskTask, Failure> {
+    let (candidate, reason) = choose(&disk.facts, candidates).map_err(|why| {
+        let message = format!("no driver of the class can take disk `{}` of VM {}: {why}", disk.name, order.vm);
+        Failure::refused(reasons::DISK_NOT_SUPPORTED, message)
+    })?;
+    Ok(DiskTask {
+        disk: disk.name.clone(),
+        driver: candidate.driver.name().to_owned(),
+        reason,
+        parameters: candidate.parameters.clone(),
+        id: order.id(),
+        index,
+        node: disk.node.clone(),
+        format: disk.facts.format.clone(),
+        size: disk.size,
+        path: disk.facts.path.clone().ok(),
+        vm: order.vm.clone(),
+        state: serde_json::Value::Null,
+        artifact: None,
+    })
+}
+
+/// Makes sure that the guest can be frozen; none where the order does without or may do without.
+pub async fn freeze(vm: &mut Vm, order: &Order) -> Result<Option<Freeze>, Failure> {
+    if order.required == ConsistencyLevel::Crash || !vm.run_state().await.map_err(|error| busy(&error))?.running {
+        return Ok(None);
+    }
+    match can_freeze(vm, order).await {
+        Ok(()) => Ok(Some(Freeze { mountpoints: order.mountpoints.clone(), timeout: order.freeze_timeout })),
+        Err(failure) if order.fallback == Fallback::Degrade && failure.reason != reasons::GUEST_ALREADY_FROZEN => {
+            tracing::warn!(reason = failure.reason, message = failure.message, "the guest will not be frozen");
+            Ok(None)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+async fn can_freeze(vm: &mut Vm, order: &Order) -> Result<(), Failure> {
+    let refuse = |reason, what: String| Failure::new(reason, format!("VM {}: {what}", order.vm));
+    let unavailable = |error: freezeframe_qemu::Error| {
+        refuse(reasons::GUEST_AGENT_UNAVAILABLE, format!("the guest agent doesn't answer: {}", chain(&error)))
+    };
+    let agent = vm.connect_agent(AGENT_PATIENCE).await.map_err(unavailable)?;
+    if agent.fsfreeze_status(AGENT_TIMEOUT).await.map_err(unavailable)? == FreezeStatus::Frozen {
+        let what = "the guest is frozen already, by somebody else; thaw it first".to_owned();
+        return Err(refuse(reasons::GUEST_ALREADY_FROZEN, what));
+    }
+    let info = agent.info(AGENT_TIMEOUT).await.map_err(unavailable)?;
+    let freeze = if order.mountpoints.is_empty() { "guest-fsfreeze-freeze" } else { "guest-fsfreeze-freeze-list" };
+    if !info.enabled(freeze) || !info.enabled("guest-fsfreeze-thaw") {
+        return Err(refuse(reasons::FREEZE_FAILED, format!("the guest agent doesn't allow {freeze} and thaw")));
+    }
+    if order.mountpoints.is_empty() {
+        // A loop-mounted file system whose backing one is frozen first blocks the guest agent for ever.
+        let mounted = agent.filesystems(AGENT_TIMEOUT).await.map_err(unavailable)?;
+        if let Some(found) = mounted.iter().find(|filesystem| filesystem.is_loop()) {
+            let what = format!("{} is loop-mounted; name the mount points to freeze", found.mountpoint);
+            return Err(refuse(reasons::FREEZE_FAILED, what));
+        }
+    }
+    Ok(())
+}
+
+/// Fails if a disk came, went, or changed its size or node since it was planned.
+pub async fn unchanged(sessions: &Sessions, vm: &Vm, tasks: &[DiskTask]) -> Result<(), Failure> {
+    let found = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?.found;
+    for task in tasks {
+        let same = found.iter().any(|disk| disk.name == task.disk && disk.node == task.node && disk.size == task.size);
+        if !same {
+            let message = format!("disk `{}` changed while the snapshot was prepared", task.disk);
+            return Err(Failure::new(reasons::VM_CHANGED, message));
+        }
+    }
+    Ok(())
+}
+
+fn busy(error: &freezeframe_qemu::Error) -> Failure {
+    Failure::new(reasons::VM_BUSY, format!("the VM's monitor failed: {}", chain(error)))
+}

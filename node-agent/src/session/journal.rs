@@ -1,0 +1,146 @@
+//! What a session must remember over a crash: one file a snapshot, written before the effect it speaks of.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use freezeframe_api::v1alpha1::VMSnapshotContentStatus;
+use k8s_openapi::jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::order::Order;
+use super::window::Measured;
+use crate::drivers::DiskTask;
+
+/// How far a session came, for whoever finds its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// Nothing is sure to have been cut: whatever is found is taken back.
+    Open,
+    /// The window has closed after a good cut: what is left is to complete it.
+    Cut,
+    /// Every disk is complete.
+    Complete,
+    /// It failed, or was cancelled: what is left is to take everything back.
+    Failed,
+    /// Its artifacts are gone, or were never made.
+    Removed,
+    /// Its artifacts were kept on purpose.
+    Retained,
+}
+
+/// The record of one snapshot on this node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SessionRecord {
+    /// The work order.
+    pub order: Order,
+    /// How far it came.
+    pub stage: Stage,
+    /// The disks.
+    pub tasks: Vec<DiskTask>,
+    /// What was measured in the window.
+    pub measured: Option<Measured>,
+    /// What was, or is to be, reported.
+    pub status: Option<VMSnapshotContentStatus>,
+    /// When the record was begun.
+    pub begun: Timestamp,
+}
+
+impl SessionRecord {
+    /// The record of an order of which nothing has been made yet.
+    #[must_use]
+    pub fn nothing(order: &Order) -> Self {
+        Self {
+            order: order.clone(),
+            stage: Stage::Open,
+            tasks: vec![],
+            measured: None,
+            status: None,
+            begun: Timestamp::now(),
+        }
+    }
+}
+
+/// Why the journal can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {doing} {path}")]
+pub struct JournalError {
+    doing: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// The directory of all records.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    directory: PathBuf,
+}
+
+impl Journal {
+    /// Opens the journal in `directory`, which is made if it isn't there.
+    pub fn open(directory: PathBuf) -> Result<Self, JournalError> {
+        fs::create_dir_all(&directory).map_err(failed("make", &directory))?;
+        Ok(Self { directory })
+    }
+
+    /// Writes a record; it is on disk when this returns.
+    pub fn save(&self, record: &SessionRecord) -> Result<(), JournalError> {
+        let path = self.path(&record.order.uid);
+        let unfinished = path.with_extension("new");
+        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other);
+        let write = || -> io::Result<()> {
+            let mut file = File::create(&unfinished)?;
+            file.write_all(&text?)?;
+            file.sync_all()?;
+            fs::rename(&unfinished, &path)?;
+            File::open(&self.directory)?.sync_all()
+        };
+        write().map_err(failed("write", &path))
+    }
+
+    /// The record of a snapshot; none if it was never begun here.
+    pub fn load(&self, uid: &str) -> Result<Option<SessionRecord>, JournalError> {
+        let path = self.path(uid);
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(io::Error::from).map_err(failed("read", &path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
+    }
+
+    /// All records that can be read; others are left alone and logged.
+    pub fn all(&self) -> Result<Vec<SessionRecord>, JournalError> {
+        let entries = fs::read_dir(&self.directory).map_err(failed("list", &self.directory))?;
+        let mut records = vec![];
+        for entry in entries {
+            let path = entry.map_err(failed("list", &self.directory))?.path();
+            let Some(uid) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".json")) else { continue };
+            match self.load(uid) {
+                Ok(record) => records.extend(record),
+                Err(error) => tracing::error!(%error, "a record can't be read"),
+            }
+        }
+        Ok(records)
+    }
+
+    /// Forgets a snapshot of which nothing is left.
+    pub fn forget(&self, uid: &str) -> Result<(), JournalError> {
+        let path = self.path(uid);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("delete", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A UID is the API server's: hexadecimal digits and dashes. Anything else has no record.
+    fn path(&self, uid: &str) -> PathBuf {
+        let safe: String = uid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
+        self.directory.join(safe + ".json")
+    }
+}
+
+fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> JournalError {
+    let path = path.to_owned();
+    move |source| JournalError { doing, path, source }
+}

@@ -1,0 +1,265 @@
+//! A session: one snapshot of one VM, from work order to report.
+//!
+//! ```text
+//!  accept ─► plan ─► prepare ─► flush ─► window ─► complete ─► report
+//!            │       │                   │         │
+//!            └───────┴──── take back ◄───┴─────────┘          (any failure, in reverse, until nothing is left)
+//! ```
+//!
+//! - *accept*: find the disks, choose a driver for each. Nothing is made, so a refusal leaves nothing.
+//! - *plan*: every file and node that will be made gets its name, and the names go to the [`journal`] first.
+//! - *prepare*: everything slow: layers, copies' targets, opening them in QEMU.
+//! - *flush*: the guest's caches and the host's, so that the freeze has little to write.
+//! - *window*: freeze, cut, thaw; see [`window`]. Whatever happens in it, the guest goes on.
+//! - *complete*: wait for copies, check, hold names by descriptor.
+//!
+//! A session that is interrupted by a crash of the agent leaves its record. Before the cut is on record everything is
+//! taken back ([`removal`]); after it, completing is simply called again.
+
+mod accept;
+mod flush;
+pub mod journal;
+pub mod order;
+pub mod outcome;
+mod removal;
+pub mod window;
+
+use std::path::PathBuf;
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus};
+use freezeframe_guard::client::Guard;
+use k8s_openapi::jiff::Timestamp;
+
+use crate::crash;
+use crate::drivers::{self, DiskTask};
+use crate::hypervisor::Vm;
+use crate::hypervisor::image::ImageRoots;
+use journal::{Journal, JournalError, SessionRecord, Stage};
+use order::Order;
+use outcome::Failure;
+use window::{Freeze, Measured, Plan};
+
+/// What sessions of this node share.
+pub struct Sessions {
+    /// Root of all VMs' directories.
+    pub vm_root: PathBuf,
+    /// Where images may be.
+    pub roots: ImageRoots,
+    /// The guard of this node.
+    pub guard: Guard,
+    /// The records.
+    pub journal: Journal,
+}
+
+/// What a session asks and tells while it runs.
+pub trait Progress: Send + Sync {
+    /// Whether the snapshot was deleted in the meantime.
+    fn cancelled(&self) -> bool;
+}
+
+/// Whether a session is over, or has reached a point that should be reported before it goes on.
+pub enum Turn {
+    /// Report this status; then call again.
+    Report(Box<VMSnapshotContentStatus>),
+    /// Over: report this status.
+    Over(Box<VMSnapshotContentStatus>),
+}
+
+impl Sessions {
+    /// Takes a snapshot, or goes on with one that was interrupted, until there is something to report.
+    pub async fn advance(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
+        let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress).await };
+        match record.stage {
+            Stage::Cut => self.complete(&mut record, progress).await,
+            Stage::Complete | Stage::Removed | Stage::Retained => Ok(Turn::Over(record.status.into_boxed())),
+            Stage::Failed => self.take_back(&mut record).await,
+            Stage::Open => {
+                let message =
+                    "the node's agent was restarted before the cut was on record; what it made was taken back";
+                self.fail(&mut record, &Failure::new(reasons::AGENT_RESTARTED, message)).await
+            }
+        }
+    }
+
+    async fn begin(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
+        let mut record = SessionRecord::nothing(order);
+        match self.cut(&mut record, progress).await {
+            Ok(()) if record.tasks.iter().all(is_instant) => self.complete(&mut record, progress).await,
+            Ok(()) => Ok(Turn::Report(Box::new(outcome::cut(&record)))),
+            Err(failure) => self.fail(&mut record, &failure).await,
+        }
+    }
+
+    /// Everything up to a good cut.
+    async fn cut(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<(), Failure> {
+        let order = record.order.clone();
+        still_wanted(&order, progress)?;
+        let mut vm = accept::open(self, &order).await?;
+        let accepted = accept::accept(self, &order, &vm).await?;
+        record.tasks = accepted.tasks;
+        for task in &mut record.tasks {
+            driver(task)?.plan(task, &accepted.graph, &self.roots)?;
+        }
+        self.journal.save(record)?;
+        crash::point("planned");
+        for at in 0..record.tasks.len() {
+            let task = &mut record.tasks[at];
+            let prepared = driver(task)?.prepare(&vm, &self.roots, task).await;
+            self.journal.save(record)?;
+            prepared?;
+        }
+        crash::point("prepared");
+        let freeze = accept::freeze(&mut vm, &order).await?;
+        flush::flush(&mut vm, &record.tasks, freeze.is_some()).await;
+        still_wanted(&order, progress)?;
+        accept::unchanged(self, &vm, &record.tasks).await?;
+        let plan = plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause)?;
+        let measured = self.window(&mut vm, &order, &plan).await?;
+        check_level(&order, &measured, &plan)?;
+        record.measured = Some(measured);
+        record.stage = Stage::Cut;
+        self.journal.save(record)?;
+        crash::point("recorded");
+        Ok(())
+    }
+
+    /// The window, and a second one without a freeze where that was all that failed and the order allows it.
+    async fn window(&self, vm: &mut Vm, order: &Order, plan: &Plan) -> Result<Measured, Failure> {
+        match window::run(vm, &self.guard, plan).await {
+            Err(error) if error.is_of_the_freeze() && order.fallback == Fallback::Degrade => {
+                tracing::warn!(error = outcome::chain(&error), "the guest can't be frozen; cutting while it is paused");
+                let plan = Plan { freeze: None, pause: true, id: format!("{}-degraded", plan.id), ..plan.clone() };
+                Ok(window::run(vm, &self.guard, &plan).await?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Everything after a good cut. May be called again and again.
+    async fn complete(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<Turn, JournalError> {
+        match self.complete_tasks(record, progress).await {
+            Ok(()) => {
+                record.stage = Stage::Complete;
+                let status = outcome::ready(record);
+                record.status = Some(status.clone());
+                self.journal.save(record)?;
+                Ok(Turn::Over(Box::new(status)))
+            }
+            Err(failure) => self.fail(record, &failure).await,
+        }
+    }
+
+    async fn complete_tasks(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<(), Failure> {
+        let vm = accept::open(self, &record.order).await?;
+        for at in 0..record.tasks.len() {
+            if progress.cancelled() {
+                return Err(Failure::cancelled());
+            }
+            let task = &mut record.tasks[at];
+            let completed = driver(task)?.complete(&vm, &self.roots, task).await;
+            self.journal.save(record)?;
+            completed.map_err(|error| Failure::after_cut(&error))?;
+        }
+        Ok(())
+    }
+
+    async fn fail(&self, record: &mut SessionRecord, failure: &Failure) -> Result<Turn, JournalError> {
+        tracing::warn!(reason = failure.reason, message = failure.message, "the snapshot failed");
+        record.stage = Stage::Failed;
+        record.status = Some(outcome::failed(record, failure));
+        self.journal.save(record)?;
+        self.take_back(record).await
+    }
+
+    /// Removes what a failed session made; what can't be removed yet is tried again at the next call.
+    async fn take_back(&self, record: &mut SessionRecord) -> Result<Turn, JournalError> {
+        let status = record.status.clone().into_boxed();
+        match self.remove_artifacts(record).await {
+            Ok(_) => {
+                record.stage = Stage::Removed;
+                self.journal.save(record)?;
+                Ok(Turn::Over(status))
+            }
+            Err(error) => {
+                tracing::warn!(error = outcome::chain(&error), "a failed snapshot can't be taken back yet");
+                Ok(Turn::Report(status))
+            }
+        }
+    }
+}
+
+/// An empty status stands for a record that has none: it is never reported as anything good.
+trait IntoBoxed {
+    fn into_boxed(self) -> Box<VMSnapshotContentStatus>;
+}
+
+impl IntoBoxed for Option<VMSnapshotContentStatus> {
+    fn into_boxed(self) -> Box<VMSnapshotContentStatus> {
+        Box::new(self.unwrap_or_default())
+    }
+}
+
+fn driver(task: &DiskTask) -> Result<Box<dyn drivers::SnapshotDriver>, Failure> {
+    let unknown = || Failure::new(reasons::UNKNOWN_DRIVER, format!("this agent has no driver `{}`", task.driver));
+    drivers::find(&task.driver).ok_or_else(unknown)
+}
+
+fn is_instant(task: &DiskTask) -> bool {
+    drivers::find(&task.driver).is_some_and(|driver| driver.is_instant())
+}
+
+fn still_wanted(order: &Order, progress: &dyn Progress) -> Result<(), Failure> {
+    if progress.cancelled() {
+        return Err(Failure::cancelled());
+    }
+    if Timestamp::now() > order.deadline {
+        let message = format!("the cut didn't come about before {}", order.deadline);
+        return Err(Failure::new(reasons::DEADLINE_EXCEEDED, message));
+    }
+    Ok(())
+}
+
+fn plan(
+    tasks: &[DiskTask],
+    order: &Order,
+    freeze: Option<Freeze>,
+    running: bool,
+    needs_pause: bool,
+) -> Result<Plan, Failure> {
+    let (mut actions, mut exchanges) = (vec![], vec![]);
+    for task in tasks {
+        let cut = driver(task)?.cut(task)?;
+        actions.extend(cut.actions);
+        exchanges.extend(cut.exchanges);
+    }
+    let pause = needs_pause || freeze.is_none() || order.pause == Pause::Always;
+    let id = order.uid.clone();
+    Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges })
+}
+
+/// The level that a window proved: every frozen file system was still frozen when it was thawed, and none was missed.
+fn proved(measured: &Measured) -> ConsistencyLevel {
+    match (measured.frozen, measured.thawed) {
+        (Some((frozen, _)), Some(thawed)) if frozen > 0 && frozen == thawed => ConsistencyLevel::Filesystem,
+        _ => ConsistencyLevel::Crash,
+    }
+}
+
+fn check_level(order: &Order, measured: &Measured, plan: &Plan) -> Result<(), Failure> {
+    let level = proved(measured);
+    if level >= order.required || order.fallback == Fallback::Degrade {
+        return Ok(());
+    }
+    if plan.freeze.is_none() || level == ConsistencyLevel::Filesystem {
+        let message =
+            format!("{:?} consistency can't be proved by this version; at best it is {level:?}", order.required);
+        return Err(Failure::new(reasons::LEVEL_NOT_PROVABLE, message));
+    }
+    let message = format!(
+        "{} file systems were frozen but {} thawed: something in the guest thawed them before the cut was over",
+        measured.frozen.map_or(0, |(frozen, _)| frozen),
+        measured.thawed.map_or_else(|| "an unknown number".to_owned(), |thawed| thawed.to_string()),
+    );
+    Err(Failure::new(reasons::WINDOW_BROKEN, message))
+}

@@ -1,0 +1,81 @@
+//! A work order, as the session wants it: a content's spec, checked and in plain types.
+
+use std::time::Duration;
+
+use freezeframe_api::v1alpha1::{ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContent};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use serde::{Deserialize, Serialize};
+
+use crate::hypervisor::VmKey;
+
+/// One snapshot to be taken.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Order {
+    /// Name of the content.
+    pub content: String,
+    /// UID of the content.
+    pub uid: String,
+    /// Namespace and name of the VMSnapshot.
+    pub snapshot: (String, String),
+    /// The VM.
+    pub vm: VmKey,
+    /// The class's drivers.
+    pub drivers: Vec<ClassDriver>,
+    /// The level that must be proved.
+    pub required: ConsistencyLevel,
+    /// What to do if it can't.
+    pub fallback: Fallback,
+    /// How long the guest may take to freeze.
+    pub freeze_timeout: Duration,
+    /// How long the guest may be held.
+    pub max_hold: Duration,
+    /// Mount points to freeze; all when empty.
+    pub mountpoints: Vec<String>,
+    /// When the virtual CPUs are paused.
+    pub pause: Pause,
+    /// Only these disks, unless empty.
+    pub include: Vec<String>,
+    /// Not these disks.
+    pub exclude: Vec<String>,
+    /// No cut after this.
+    pub deadline: Timestamp,
+    /// What becomes of the data in the end.
+    pub deletion_policy: DeletionPolicy,
+    /// Generation of the content that was read.
+    pub generation: Option<i64>,
+}
+
+impl Order {
+    /// Reads a content.
+    #[must_use]
+    pub fn new(content: &VMSnapshotContent) -> Self {
+        let spec = &content.spec;
+        let names = |disks: &[freezeframe_api::names::DiskName]| disks.iter().map(|name| name.0.clone()).collect();
+        Self {
+            content: content.name_any(),
+            uid: content.uid().unwrap_or_default(),
+            snapshot: (spec.vm_snapshot_ref.namespace.clone(), spec.vm_snapshot_ref.name.clone()),
+            vm: VmKey { namespace: spec.vm_snapshot_ref.namespace.clone(), name: spec.vm_name.clone() },
+            drivers: spec.drivers.clone(),
+            required: spec.consistency.required,
+            fallback: spec.consistency.fallback,
+            freeze_timeout: spec.quiesce.freeze_timeout.into(),
+            max_hold: spec.quiesce.max_hold.into(),
+            mountpoints: spec.quiesce.mountpoints.clone(),
+            pause: spec.quiesce.pause,
+            include: names(&spec.disks.include),
+            exclude: names(&spec.disks.exclude),
+            deadline: spec.deadline.0,
+            deletion_policy: spec.deletion_policy,
+            generation: content.metadata.generation,
+        }
+    }
+
+    /// The snapshot's id in file and node names: the UID's first twelve hexadecimal digits. Node names in QEMU have
+    /// 31 bytes.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.uid.chars().filter(char::is_ascii_hexdigit).take(12).collect()
+    }
+}

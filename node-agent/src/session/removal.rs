@@ -1,0 +1,214 @@
+//! Removing what a snapshot made: when it is deleted, and when it failed.
+
+use std::path::{Path, PathBuf};
+
+use freezeframe_api::v1alpha1::{DeletionPolicy, VMSnapshotContentStatus};
+
+use super::journal::{JournalError, SessionRecord, Stage};
+use super::order::Order;
+use super::outcome::{self, chain};
+use super::window::{self, WindowError};
+use super::{Sessions, driver};
+use crate::drivers::{DriverError, Env, Removal, Sibling};
+use crate::hypervisor::{OpenError, Vm};
+
+/// A driver that needs more steps than this for one disk goes round in circles.
+const MOST_STEPS: usize = 32;
+
+/// Why artifacts can't be removed now.
+#[derive(Debug, thiserror::Error)]
+pub enum RemovalError {
+    /// The VM's monitor can't be used.
+    #[error(transparent)]
+    Vm(#[from] OpenError),
+    /// The guard owes the VM a thaw, or can't be asked.
+    #[error("the guard can't be asked, or still owes VM {0} a thaw")]
+    Owed(String),
+    /// A driver can't.
+    #[error("disk {disk} can't be removed")]
+    Driver {
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: Box<DriverError>,
+    },
+    /// Another snapshot's record can't follow its artifact.
+    #[error("another snapshot's record can't follow its artifact")]
+    Follow(#[source] Box<DriverError>),
+    /// The last step of a merge failed.
+    #[error("disk {disk} can't be merged")]
+    Window {
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: Box<WindowError>,
+    },
+    /// The journal can't be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The agent has no such driver any more.
+    #[error("this agent has no driver `{0}`")]
+    UnknownDriver(String),
+    /// A driver doesn't come to an end.
+    #[error("disk {0} isn't removed after {MOST_STEPS} steps")]
+    Endless(String),
+}
+
+/// What a deletion came to.
+pub struct Deletion {
+    /// The status to report.
+    pub status: VMSnapshotContentStatus,
+    /// Whether it is over; else it is to be tried again.
+    pub over: bool,
+    /// Other snapshots whose artifacts moved, by content name.
+    pub moved: Vec<String>,
+}
+
+impl Sessions {
+    /// Deletes a snapshot as its policy says. May be called again and again.
+    pub async fn delete(&self, order: &Order) -> Result<Deletion, JournalError> {
+        let over = |status| Deletion { status, over: true, moved: vec![] };
+        let Some(mut record) = self.journal.load(&order.uid)? else {
+            let record = SessionRecord::nothing(order);
+            return Ok(over(outcome::removed(&record, &[])));
+        };
+        record.order.generation = order.generation;
+        if matches!(record.stage, Stage::Removed | Stage::Retained) {
+            let kept = if record.stage == Stage::Retained { handles(&record) } else { vec![] };
+            return Ok(over(outcome::removed(&record, &kept)));
+        }
+        if order.deletion_policy == DeletionPolicy::Retain && record.stage == Stage::Complete {
+            record.stage = Stage::Retained;
+            self.journal.save(&record)?;
+            return Ok(over(outcome::removed(&record, &handles(&record))));
+        }
+        match self.remove_artifacts(&mut record).await {
+            Ok(removed) => {
+                record.stage = if removed.kept.is_empty() { Stage::Removed } else { Stage::Retained };
+                self.journal.save(&record)?;
+                Ok(Deletion { status: outcome::removed(&record, &removed.kept), over: true, moved: removed.moved })
+            }
+            Err(error) => {
+                let why = chain(&error);
+                tracing::warn!(error = why, "the snapshot can't be deleted yet");
+                Ok(Deletion { status: outcome::not_removed(&record, &why), over: false, moved: vec![] })
+            }
+        }
+    }
+
+    /// Removes every disk's artifacts, step by step; each step's state is on disk before the next.
+    pub(super) async fn remove_artifacts(&self, record: &mut SessionRecord) -> Result<Removed, RemovalError> {
+        let mut removed = Removed::default();
+        if record.tasks.iter().all(|task| task.state.is_null()) {
+            return Ok(removed);
+        }
+        let owed = self.guard.owed(&record.order.vm.to_string()).await;
+        if !matches!(owed, Ok(false)) {
+            return Err(RemovalError::Owed(record.order.vm.to_string()));
+        }
+        for at in 0..record.tasks.len() {
+            self.remove_disk(record, at, &mut removed).await?;
+        }
+        Ok(removed)
+    }
+
+    async fn remove_disk(
+        &self,
+        record: &mut SessionRecord,
+        at: usize,
+        removed: &mut Removed,
+    ) -> Result<(), RemovalError> {
+        let disk = record.tasks[at].disk.clone();
+        let name = record.tasks[at].driver.clone();
+        let driver = driver(&record.tasks[at]).map_err(|_| RemovalError::UnknownDriver(name))?;
+        for _ in 0..MOST_STEPS {
+            let mut vm = self.open_if_running(&record.order).await?;
+            let siblings = self.siblings(&record.order)?;
+            let env = Env { vm: vm.as_ref(), roots: &self.roots, siblings: &siblings };
+            let step = driver.remove(&env, &mut record.tasks[at]).await;
+            self.journal.save(record)?;
+            crate::crash::point("removal-step");
+            match step.map_err(|source| RemovalError::Driver { disk: disk.clone(), source: Box::new(source) })? {
+                Removal::Again => {}
+                Removal::Done => return Ok(()),
+                Removal::Kept(why) => {
+                    removed.kept.push(format!("disk {disk}: {why}"));
+                    return Ok(());
+                }
+                Removal::Moved { from, to } => removed.moved.extend(self.follow(&record.order, &from, &to)?),
+                Removal::Switch(switch) => {
+                    if let Some(vm) = &mut vm {
+                        let id = format!("{}-{at}", record.order.uid);
+                        let switched = window::switch(vm, &self.guard, id, &switch).await;
+                        switched
+                            .map_err(|source| RemovalError::Window { disk: disk.clone(), source: Box::new(source) })?;
+                    }
+                }
+            }
+        }
+        Err(RemovalError::Endless(disk))
+    }
+
+    async fn open_if_running(&self, order: &Order) -> Result<Option<Vm>, RemovalError> {
+        match Vm::open(&self.vm_root, &order.vm).await {
+            Ok(vm) => Ok(Some(vm)),
+            Err(OpenError::NotRunning(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Artifacts of other snapshots of the same VM.
+    fn siblings(&self, order: &Order) -> Result<Vec<Sibling>, JournalError> {
+        let others = self.journal.all()?.into_iter().filter(|other| {
+            other.order.vm == order.vm && other.order.uid != order.uid && other.stage != Stage::Removed
+        });
+        let artifacts = others.flat_map(|other| {
+            let retained = other.stage == Stage::Retained;
+            let handles = other.tasks.into_iter().filter_map(|task| task.artifact).map(|artifact| artifact.handle);
+            handles.map(|handle| Sibling { handle, retained }).collect::<Vec<_>>()
+        });
+        Ok(artifacts.collect())
+    }
+
+    /// Lets the record of the snapshot whose artifact moved follow it.
+    fn follow(&self, order: &Order, from: &Path, to: &Path) -> Result<Vec<String>, RemovalError> {
+        let mut moved = vec![];
+        for mut other in self.journal.all()?.into_iter().filter(|other| other.order.uid != order.uid) {
+            let tasks = other.tasks.iter_mut().filter(|task| handle(task) == Some(from));
+            let mut changed = false;
+            for task in tasks {
+                if let Some(driver) = crate::drivers::find(&task.driver) {
+                    let followed = driver.follow(task, to, &self.roots);
+                    followed.map_err(|source| RemovalError::Follow(Box::new(source)))?;
+                    changed = true;
+                }
+            }
+            if changed {
+                outcome::follow(&mut other, from, to);
+                self.journal.save(&other)?;
+                moved.push(other.order.content.clone());
+            }
+        }
+        Ok(moved)
+    }
+}
+
+/// What removing came to.
+#[derive(Default)]
+pub(super) struct Removed {
+    /// What was kept, and why.
+    pub(super) kept: Vec<String>,
+    /// Contents of other snapshots whose artifacts moved.
+    pub(super) moved: Vec<String>,
+}
+
+fn handle(task: &crate::drivers::DiskTask) -> Option<&Path> {
+    task.artifact.as_ref().map(|artifact| artifact.handle.as_path())
+}
+
+fn handles(record: &SessionRecord) -> Vec<String> {
+    let paths = record.tasks.iter().filter_map(handle).map(Path::to_owned);
+    paths.map(|path: PathBuf| path.display().to_string()).collect()
+}

@@ -1,0 +1,365 @@
+//! The window: freeze, pause, cut, resume, thaw. Nothing else in the agent may freeze, thaw, pause or resume.
+//!
+//! ```text
+//!   arm ─► freeze ─► pause? ─► transaction ─► exchange names ─► resume ─► thaw ─► seen thawed ─► disarm
+//!    │        └──────────┴───────────┴──── any failure ────────────┴─────────┘             │
+//!    └─ the guard owes the thaw from here ─────────────────────────────────────────────────┘
+//! ```
+//!
+//! What must stay true:
+//! - The guard has its record on disk before the freeze is sent (the verbs take the armed window).
+//! - A freeze that failed or timed out counts as *maybe frozen*: it may run later in the guest.
+//! - Names change hands before the guest goes on: it must not be told that a write is durable which its old command
+//!   line would not find.
+//! - Resume comes before thaw: a guest whose virtual CPUs are stopped can't answer its agent.
+//! - If the thaw isn't *seen*, the window isn't disarmed but given up to the guard.
+//! - No call leaves this module with the guest held, unless the guard has it.
+
+use std::time::{Duration, Instant};
+
+use freezeframe_guard::client::{Error as GuardError, Guard, Window};
+use freezeframe_guard::{Endpoint, Exchange, Record};
+use freezeframe_qemu::{Error as QemuError, FreezeStatus};
+use k8s_openapi::jiff::Timestamp;
+use serde_json::Value;
+use tokio::time::timeout;
+
+use crate::crash;
+use crate::drivers::jobs::{self, Wanted};
+use crate::drivers::{DriverError, Switch};
+use crate::hypervisor::Vm;
+
+/// Bound of resuming, and of one attempt to thaw.
+const LET_GO: Duration = Duration::from_secs(2);
+/// What the guard's deadline has beyond the sum of ours: it acts when we failed to.
+const GUARD_SLACK: Duration = Duration::from_secs(1);
+/// How long the last step of a merge may take while the virtual CPUs are stopped.
+const SWITCH_BOUND: Duration = Duration::from_millis(1500);
+
+/// What is to be done in a window.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Names the guard's record.
+    pub id: String,
+    /// The freeze; none when the snapshot is to be crash-consistent.
+    pub freeze: Option<Freeze>,
+    /// Whether the virtual CPUs are stopped over the cut.
+    pub pause: bool,
+    /// Whether the VM runs; one that doesn't is neither paused nor resumed.
+    pub running: bool,
+    /// How long the guest may be held once it is frozen.
+    pub max_hold: Duration,
+    /// The actions of the one transaction.
+    pub actions: Vec<Value>,
+    /// The names that change hands.
+    pub exchanges: Vec<Exchange>,
+}
+
+/// What is to be frozen.
+#[derive(Clone, Debug)]
+pub struct Freeze {
+    /// Mount points in the guest; all when empty.
+    pub mountpoints: Vec<String>,
+    /// How long the guest may take.
+    pub timeout: Duration,
+}
+
+/// What was measured in a window that ended well.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Measured {
+    /// The instant of the cut, by this node's clock.
+    pub cut_at: Timestamp,
+    /// File systems frozen, and how long the guest took; none without a freeze.
+    pub frozen: Option<(u64, Duration)>,
+    /// File systems thawed; none without a freeze.
+    pub thawed: Option<u64>,
+    /// Freeze answered to thaw sent.
+    pub hold: Option<Duration>,
+    /// How long the virtual CPUs were stopped by us.
+    pub pause: Duration,
+    /// Upper bound between the first disk's cut and the last one's.
+    pub skew: Duration,
+}
+
+/// Why a window ended without a cut, or with one that isn't worth its name.
+#[derive(Debug, thiserror::Error)]
+pub enum WindowError {
+    /// The guard didn't take the window on.
+    #[error("the guard can't be reached or refused; without it no guest is frozen")]
+    Arm(#[source] GuardError),
+    /// The guard went away in the middle.
+    #[error("the guard was lost while the window was open")]
+    GuardLost,
+    /// The guest refused to freeze.
+    #[error("the guest agent failed to freeze the file systems")]
+    Freeze(#[source] QemuError),
+    /// The guest didn't freeze in time.
+    #[error("the guest did not freeze its file systems within {0:?}")]
+    FreezeTimeout(Duration),
+    /// The freeze covered too little.
+    #[error("the guest froze {frozen} file systems, {wanted} were named (0: at least one)")]
+    FrozeTooLittle {
+        /// How many were frozen.
+        frozen: u64,
+        /// How many mount points were named.
+        wanted: usize,
+    },
+    /// Pausing failed.
+    #[error("failed to pause the virtual CPUs")]
+    Pause(#[source] QemuError),
+    /// The transaction failed.
+    #[error("QEMU refused the cut")]
+    Cut(#[source] QemuError),
+    /// The cut didn't end within the hold.
+    #[error("the cut was not done within {0:?}")]
+    HoldExceeded(Duration),
+    /// A name couldn't change hands.
+    #[error("failed to give the new layer the disk's name")]
+    Exchange(#[source] freezeframe_guard::ExchangeError),
+    /// The guest wasn't seen thawed; the guard goes on.
+    #[error("the guest was not seen thawed; the guard goes on thawing it")]
+    ThawOwed(#[source] QemuError),
+    /// The VM wasn't seen running again; the guard goes on.
+    #[error("the virtual CPUs could not be resumed; the guard goes on")]
+    ResumeOwed(#[source] QemuError),
+    /// The last step of a merge failed.
+    #[error("the merge's last step failed")]
+    Switch(#[source] DriverError),
+}
+
+impl WindowError {
+    /// Whether nothing but the freeze went wrong, so that a cut without it may be tried.
+    #[must_use]
+    pub fn is_of_the_freeze(&self) -> bool {
+        matches!(self, Self::Freeze(_) | Self::FreezeTimeout(_) | Self::FrozeTooLittle { .. })
+    }
+}
+
+/// Opens a window, cuts, and lets the guest go.
+pub async fn run(vm: &mut Vm, guard: &Guard, plan: &Plan) -> Result<Measured, WindowError> {
+    let armed = arm(vm, guard, plan).await?;
+    crash::point("armed");
+    let mut hold = Hold::default();
+    let lost = armed.lost();
+    let cut = tokio::select! {
+        cut = hold.cut(vm, &armed, plan) => cut,
+        () = lost => Err(WindowError::GuardLost),
+    };
+    crash::point("cut");
+    let let_go = hold.let_go(vm, &armed, plan).await;
+    crash::point("thawed");
+    // If the guest is free, the obligation ends; a guard that can't be told any more will see that for itself.
+    match let_go {
+        Ok(()) => armed.disarm().await.unwrap_or_else(|error| tracing::warn!(%error, "the guard was not told")),
+        Err(error) => {
+            armed.abandon();
+            return Err(error);
+        }
+    }
+    cut?;
+    Ok(hold.measured())
+}
+
+/// The last step of merging an active layer: the job completes and its file takes the disk's name while no virtual
+/// CPU can write.
+pub async fn switch(vm: &mut Vm, guard: &Guard, id: String, switch: &Switch) -> Result<(), WindowError> {
+    let running = vm.run_state().await.map_err(WindowError::Pause)?.running;
+    let plan = Plan {
+        id,
+        freeze: None,
+        pause: true,
+        running,
+        max_hold: SWITCH_BOUND,
+        actions: vec![],
+        exchanges: vec![switch.exchange.clone()],
+    };
+    let armed = arm(vm, guard, &plan).await?;
+    let mut hold = Hold::default();
+    let done = hold.switch(vm, &armed, &plan, switch.job.as_deref()).await;
+    crash::point("switched");
+    match hold.let_go(vm, &armed, &plan).await {
+        Ok(()) => armed.disarm().await.unwrap_or_else(|error| tracing::warn!(%error, "the guard was not told")),
+        Err(error) => {
+            armed.abandon();
+            return Err(error);
+        }
+    }
+    done
+}
+
+async fn arm(vm: &Vm, guard: &Guard, plan: &Plan) -> Result<Window, WindowError> {
+    let freeze = plan.freeze.as_ref().map_or(Duration::ZERO, |freeze| freeze.timeout);
+    let deadline = freeze + plan.max_hold + GUARD_SLACK;
+    let endpoint = |file: &str, identity| Endpoint::new(vm.key().socket(file), &identity);
+    let record = Record {
+        id: plan.id.clone(),
+        vm: vm.key().to_string(),
+        vm_root: vm.root().to_owned(),
+        qmp: Some(endpoint("qmp.sock", vm.qmp_identity())),
+        agent: vm.agent_identity().map(|identity| endpoint("qga.sock", identity)),
+        may_resume: plan.pause && plan.running,
+        freeze: plan.freeze.is_some(),
+        deadline_millis: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+        exchanges: plan.exchanges.clone(),
+    };
+    guard.arm(record, &vm.stream_fds()).await.map_err(WindowError::Arm)
+}
+
+/// What is held at this moment, and what was measured.
+#[derive(Default)]
+struct Hold {
+    freeze_sent: bool,
+    frozen: Option<(u64, Duration)>,
+    frozen_at: Option<Instant>,
+    paused_at: Option<Instant>,
+    cut_sent: bool,
+    cut_at: Option<Timestamp>,
+    skew: Duration,
+    exchanged: bool,
+    paused_for: Duration,
+    frozen_for: Option<Duration>,
+    thawed: Option<u64>,
+}
+
+impl Hold {
+    async fn cut(&mut self, vm: &mut Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
+        if let Some(freeze) = &plan.freeze {
+            self.freeze(vm, armed, freeze).await?;
+        }
+        crash::point("frozen");
+        let left = plan.max_hold.saturating_sub(self.held());
+        timeout(left, self.cut_held(vm, armed, plan)).await.unwrap_or(Err(WindowError::HoldExceeded(plan.max_hold)))
+    }
+
+    async fn freeze(&mut self, vm: &mut Vm, armed: &Window, freeze: &Freeze) -> Result<(), WindowError> {
+        self.freeze_sent = true;
+        let sent = Instant::now();
+        let frozen = vm.freeze(armed, &freeze.mountpoints, freeze.timeout).await.map_err(|error| match error {
+            QemuError::Timeout { .. } => WindowError::FreezeTimeout(freeze.timeout),
+            error => WindowError::Freeze(error),
+        })?;
+        self.frozen = Some((frozen, sent.elapsed()));
+        self.frozen_at = Some(Instant::now());
+        let wanted = freeze.mountpoints.len();
+        let enough = frozen > 0 && (wanted == 0 || usize::try_from(frozen) == Ok(wanted));
+        if enough { Ok(()) } else { Err(WindowError::FrozeTooLittle { frozen, wanted }) }
+    }
+
+    async fn cut_held(&mut self, vm: &Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
+        self.pause(vm, armed, plan).await?;
+        self.cut_sent = true;
+        let sent = Instant::now();
+        vm.qmp().transaction(&plan.actions, plan.max_hold).await.map_err(WindowError::Cut)?;
+        self.cut_at = Some(Timestamp::now());
+        self.skew = sent.elapsed();
+        crash::point("transaction");
+        self.exchange(plan)
+    }
+
+    async fn switch(&mut self, vm: &Vm, armed: &Window, plan: &Plan, job: Option<&str>) -> Result<(), WindowError> {
+        self.pause(vm, armed, plan).await?;
+        if let Some(job) = job {
+            self.cut_sent = true;
+            let completed = async {
+                vm.qmp().job_complete(job, plan.max_hold).await.map_err(crate::drivers::qemu("complete the merge"))?;
+                jobs::wait(vm.qmp(), job, Wanted::Concluded).await
+            };
+            timeout(plan.max_hold, completed)
+                .await
+                .map_err(|_| WindowError::HoldExceeded(plan.max_hold))?
+                .map_err(WindowError::Switch)?;
+        }
+        crash::point("job-completed");
+        self.exchange(plan)
+    }
+
+    async fn pause(&mut self, vm: &Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
+        if plan.pause && plan.running {
+            self.paused_at = Some(Instant::now());
+            vm.pause(armed, plan.max_hold).await.map_err(WindowError::Pause)?;
+        }
+        Ok(())
+    }
+
+    fn exchange(&mut self, plan: &Plan) -> Result<(), WindowError> {
+        for exchange in &plan.exchanges {
+            exchange.apply().map_err(WindowError::Exchange)?;
+        }
+        self.exchanged = true;
+        Ok(())
+    }
+
+    fn held(&self) -> Duration {
+        self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed())
+    }
+
+    /// Undoes the hold, in reverse, whatever came before.
+    async fn let_go(&mut self, vm: &mut Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
+        if self.cut_sent && !self.exchanged {
+            self.exchange_if_cut(vm, plan).await;
+        }
+        if let Some(at) = self.paused_at {
+            resume(vm, armed).await.map_err(WindowError::ResumeOwed)?;
+            self.paused_for = at.elapsed();
+        }
+        if self.freeze_sent {
+            self.frozen_for = self.frozen_at.map(|at| at.elapsed());
+            self.thawed = thaw(vm, armed, self.frozen_at.is_some()).await.map_err(WindowError::ThawOwed)?;
+        }
+        Ok(())
+    }
+
+    /// The cut's answer never came or said no: the graph tells whether it happened, and the names must follow it.
+    async fn exchange_if_cut(&mut self, vm: &Vm, plan: &Plan) {
+        let graph = match timeout(LET_GO, vm.graph()).await {
+            Ok(Ok(graph)) => graph,
+            // QEMU doesn't answer. The guest must go on all the same; recovery looks again.
+            Ok(Err(error)) => return tracing::error!(%error, "the block graph can't be read after a failed cut"),
+            Err(_) => return tracing::error!("the block graph can't be read after a failed cut"),
+        };
+        let active = |node: &str| graph.disks().iter().any(|disk| disk.top.as_deref() == Some(node));
+        for exchange in plan.exchanges.iter().filter(|exchange| active(&exchange.when_active)) {
+            if let Err(error) = exchange.apply() {
+                tracing::error!(%error, file = exchange.a, "a name could not change hands after a failed cut");
+            }
+        }
+    }
+
+    fn measured(self) -> Measured {
+        Measured {
+            cut_at: self.cut_at.unwrap_or_else(Timestamp::now),
+            frozen: self.frozen,
+            thawed: self.thawed,
+            hold: self.frozen_for,
+            pause: self.paused_for,
+            skew: self.skew,
+        }
+    }
+}
+
+async fn resume(vm: &Vm, armed: &Window) -> Result<(), QemuError> {
+    // Somebody else may have resumed it, or an I/O error may hold it: only our own `paused` is ours to end.
+    match vm.run_state().await {
+        Ok(state) if state.status != "paused" => Ok(()),
+        _ => vm.resume(armed, LET_GO).await,
+    }
+}
+
+/// Thaws and sees the guest thawed. After a freeze that wasn't answered, a sync comes first, so that what is read next
+/// is the answer to the thaw and not to the freeze; commands run in the order they were sent.
+async fn thaw(vm: &mut Vm, armed: &Window, freeze_answered: bool) -> Result<Option<u64>, QemuError> {
+    let bounded = async {
+        if !freeze_answered {
+            vm.agent().ok_or(QemuError::Closed)?.sync(LET_GO).await?;
+        }
+        let thawed = vm.thaw(armed, LET_GO).await;
+        let agent = vm.agent().ok_or(QemuError::Closed)?;
+        match agent.fsfreeze_status(LET_GO).await? {
+            FreezeStatus::Thawed => Ok(thawed.ok()),
+            FreezeStatus::Frozen => Err(thawed.err().unwrap_or(QemuError::Poisoned)),
+        }
+    };
+    timeout(LET_GO, bounded)
+        .await
+        .unwrap_or_else(|_| Err(QemuError::Timeout { command: "guest-fsfreeze-thaw".into(), after: LET_GO }))
+}

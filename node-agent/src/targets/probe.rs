@@ -1,0 +1,108 @@
+//! What can be said of one VM at this moment.
+
+use std::time::Duration;
+
+use freezeframe_api::conditions::{condition, reasons, set, types};
+use freezeframe_api::names::{DiskName, DriverName, NodeName};
+use freezeframe_api::v1alpha1::{AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTargetStatus};
+use k8s_openapi::jiff::Timestamp;
+
+use crate::drivers::{Verdict, registry};
+use crate::hypervisor::disks::{FoundDisk, disks};
+use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
+use crate::session::Sessions;
+use crate::session::outcome::chain;
+
+/// A probe must not keep a snapshot waiting for long.
+const AGENT_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Probes a VM. What can't be learned now is kept from `before`.
+pub async fn probe(sessions: &Sessions, vm: &VmKey, node: &str, before: Option<&VMTargetStatus>) -> VMTargetStatus {
+    let mut status = before.cloned().unwrap_or_default();
+    status.node_name = NodeName(node.to_owned());
+    status.message = None;
+    match Vm::open(&sessions.vm_root, vm).await {
+        Ok(mut opened) => look(&mut opened, sessions, &mut status).await,
+        Err(OpenError::NotRunning(_)) => {
+            status.run_state = RunState::Stopped;
+            status.guest_agent.state = AgentState::Absent;
+        }
+        Err(error) => {
+            status.run_state = RunState::Unknown;
+            status.message = Some(chain(&error));
+        }
+    }
+    conditions(&mut status);
+    status
+}
+
+async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) {
+    status.qemu_version = Some(vm.qmp().version().to_owned());
+    match vm.run_state().await {
+        Ok(state) if state.running => status.run_state = RunState::Running,
+        Ok(state) => {
+            status.run_state = RunState::Paused;
+            status.message = Some(format!("QEMU says `{}`", state.status));
+        }
+        Err(error) => {
+            status.run_state = RunState::Unknown;
+            status.message = Some(chain(&error));
+        }
+    }
+    match disks(vm, &sessions.roots).await {
+        Ok(found) => status.disks = found.found.iter().map(target_disk).collect(),
+        Err(error) => status.message = Some(format!("the disks can't be read: {}", chain(&error))),
+    }
+    status.guest_agent = guest_agent(vm, &status.guest_agent).await;
+}
+
+async fn guest_agent(vm: &mut Vm, before: &GuestAgentStatus) -> GuestAgentStatus {
+    let version = before.version.clone();
+    match vm.connect_agent(AGENT_PATIENCE).await {
+        Ok(agent) => {
+            // The version of an agent that answers a sync but not this is what it was.
+            let info = agent.info(AGENT_TIMEOUT).await.ok();
+            let version = info.map(|info| info.version).or(version);
+            GuestAgentStatus { state: AgentState::Connected, version }
+        }
+        Err(freezeframe_qemu::Error::Timeout { .. }) => GuestAgentStatus { state: AgentState::NotResponding, version },
+        Err(_) => GuestAgentStatus { state: AgentState::Absent, version },
+    }
+}
+
+fn target_disk(disk: &FoundDisk) -> TargetDisk {
+    let parameters = std::collections::BTreeMap::new();
+    let choice = |driver: &dyn crate::drivers::SnapshotDriver| {
+        let (usable, message) = match driver.can_take(&disk.facts, &parameters) {
+            Verdict::Usable(why) => (true, why),
+            Verdict::Unusable(why) => (false, why),
+        };
+        DriverChoice { name: DriverName(driver.name().to_owned()), usable, message: Some(message) }
+    };
+    TargetDisk {
+        name: DiskName(disk.name.clone()),
+        format: disk.facts.format.clone(),
+        source: disk.facts.source.clone(),
+        size_bytes: i64::try_from(disk.size).unwrap_or(i64::MAX),
+        read_only: disk.read_only,
+        chain_depth: i32::try_from(disk.chain_depth).unwrap_or(i32::MAX),
+        drivers: registry().iter().map(|driver| choice(driver.as_ref())).collect(),
+    }
+}
+
+fn conditions(status: &mut VMTargetStatus) {
+    let now = Timestamp::now();
+    let running = status.run_state == RunState::Running;
+    let (reason, message) = match status.run_state {
+        RunState::Running => (reasons::COMPLETED, String::new()),
+        RunState::Paused => (reasons::VM_PAUSED, status.message.clone().unwrap_or_default()),
+        RunState::Stopped => (reasons::VM_NOT_RUNNING, "no QEMU process answers".into()),
+        RunState::Unknown => (reasons::VM_BUSY, status.message.clone().unwrap_or_default()),
+    };
+    set(&mut status.conditions, condition(types::READY, running, reason, message, None, now));
+    let (connected, reason) = match status.guest_agent.state {
+        AgentState::Connected => (true, reasons::COMPLETED),
+        AgentState::NotResponding | AgentState::Absent => (false, reasons::GUEST_AGENT_UNAVAILABLE),
+    };
+    set(&mut status.conditions, condition(types::AGENT_CONNECTED, connected, reason, "", None, now));
+}

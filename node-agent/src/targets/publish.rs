@@ -1,0 +1,96 @@
+//! Writing `VMTarget`s: one object a VM, ours by field manager and by the node in its status.
+
+use freezeframe_api::AGENT_MANAGER;
+use freezeframe_api::names::NodeName;
+use freezeframe_api::v1alpha1::{VMTarget, VMTargetStatus};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde_json::json;
+
+use crate::hypervisor::VmKey;
+use crate::report::{ReportError, call};
+use crate::session::outcome::chain;
+
+/// Writes this node's targets.
+pub struct Publisher {
+    client: Client,
+    node: NodeName,
+}
+
+impl Publisher {
+    /// A publisher for one node.
+    pub fn new(client: Client, node: String) -> Self {
+        Self { client, node: NodeName(node) }
+    }
+
+    /// Writes a VM's target; false if it must be tried again.
+    pub async fn publish(&self, vm: &VmKey, status: &VMTargetStatus) -> bool {
+        logged(vm, &self.try_publish(vm, status).await)
+    }
+
+    async fn try_publish(&self, vm: &VmKey, status: &VMTargetStatus) -> Result<(), ReportError> {
+        let targets: Api<VMTarget> = Api::namespaced(self.client.clone(), &vm.namespace);
+        let parameters = PatchParams::apply(AGENT_MANAGER).force();
+        let mut object = json!({
+            "apiVersion": VMTarget::api_version(&()),
+            "kind": VMTarget::kind(&()),
+            "metadata": {"name": vm.name, "namespace": vm.namespace},
+        });
+        let what = format!("VMTarget {vm}");
+        object["status"] = json!(status);
+        let written = call(&what, targets.patch_status(&vm.name, &parameters, &Patch::Apply(&object))).await;
+        match written {
+            Err(ReportError::Api { source: kube::Error::Api(answer), .. }) if answer.is_not_found() => {}
+            other => return other.map(drop),
+        }
+        object["spec"] = json!({});
+        call(&what, targets.patch(&vm.name, &parameters, &Patch::Apply(&object))).await?;
+        call(&what, targets.patch_status(&vm.name, &parameters, &Patch::Apply(&object))).await.map(drop)
+    }
+
+    /// Deletes a VM's target; false if it must be tried again.
+    pub async fn withdraw(&self, vm: &VmKey) -> bool {
+        logged(vm, &self.try_withdraw(vm).await)
+    }
+
+    async fn try_withdraw(&self, vm: &VmKey) -> Result<(), ReportError> {
+        let targets: Api<VMTarget> = Api::namespaced(self.client.clone(), &vm.namespace);
+        let what = format!("VMTarget {vm}");
+        let Some(target) = call(&what, targets.get_opt(&vm.name)).await? else { return Ok(()) };
+        // The VM may have moved: then the target is another node's by now.
+        if target.status.as_ref().is_none_or(|status| status.node_name != self.node) {
+            return Ok(());
+        }
+        let this = Preconditions { uid: target.uid(), resource_version: target.resource_version() };
+        let parameters = DeleteParams { preconditions: Some(this), ..DeleteParams::default() };
+        call(&what, targets.delete(&vm.name, &parameters)).await.map(drop)
+    }
+
+    /// Deletes this node's targets of VMs that are not here any more; false if it must be tried again.
+    pub async fn withdraw_unknown(&self, known: &[VmKey]) -> bool {
+        let targets: Api<VMTarget> = Api::all(self.client.clone());
+        let listed = match call("the list of VMTargets", targets.list(&ListParams::default())).await {
+            Ok(listed) => listed,
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the VMTargets can't be listed");
+                return false;
+            }
+        };
+        let ours = listed.items.into_iter().filter(|t| t.status.as_ref().is_some_and(|s| s.node_name == self.node));
+        let mut done = true;
+        for target in ours {
+            let vm = VmKey { namespace: target.namespace().unwrap_or_default(), name: target.name_any() };
+            if !known.contains(&vm) {
+                done &= self.withdraw(&vm).await;
+            }
+        }
+        done
+    }
+}
+
+fn logged(vm: &VmKey, written: &Result<(), ReportError>) -> bool {
+    if let Err(error) = written {
+        tracing::warn!(%vm, error = chain(error), "the VM's target can't be published");
+    }
+    written.is_ok()
+}
