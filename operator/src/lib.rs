@@ -1,1 +1,15 @@
-//! Operator.
+//! The cluster controller of Freezeframe: turns a `VMSnapshot` into a work order for the node that runs its VM, and
+//! carries what the node reports back to the user. It holds no state of its own.
+
+pub mod args;
+pub mod caches;
+pub mod content;
+pub mod context;
+pub mod controllers;
+pub mod error;
+pub mod events;
+pub mod leader;
+pub mod metrics;
+pub mod retries;
+pub mod vmsnapshot;
+pub mod written;

@@ -1,2 +1,64 @@
-//! Entry point.
-fn main() {}
+//! `freezeframe-operator`.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Parser as _;
+use freezeframe_operator::args::Args;
+use freezeframe_operator::caches::{Caches, Sources};
+use freezeframe_operator::context::Context;
+use freezeframe_operator::controllers;
+use freezeframe_operator::leader::Candidate;
+use freezeframe_operator::metrics::{Metrics, PhaseGauge};
+use freezeframe_runtime::admin::AdminServer;
+use freezeframe_runtime::readiness::Readiness;
+use freezeframe_runtime::shutdown::Shutdown;
+use freezeframe_runtime::telemetry;
+use kube::Client;
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let args = Args::parse();
+    telemetry::init(args.log_format)?;
+    let shutdown = Shutdown::on_signals().context("listening for signals")?;
+    let client = Client::try_default().await.context("finding the cluster")?;
+    let (caches, sources) = Caches::new();
+    let (metrics, readiness, mut registry) = (Metrics::default(), Readiness::default(), Registry::default());
+    metrics.register(&mut registry);
+    registry.register_collector(Box::new(PhaseGauge(caches.snapshots.clone())));
+    let server = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness.clone()).await?;
+    let served = tokio::spawn(server.serve(shutdown.token()));
+    let reachable = readiness.gate("cluster");
+    client.apiserver_version().await.context("asking the cluster for its version")?;
+    reachable.open();
+    let context = Arc::new(Context::new(client.clone(), caches, metrics, Some(args.identity.clone())));
+    if args.leader_elect {
+        let candidate = Candidate::new(client, &args.lease_namespace, &args.identity);
+        lead(&candidate, context, sources, &shutdown).await?;
+    } else {
+        controllers::run(context, sources, shutdown.token()).await;
+    }
+    shutdown.begin();
+    served.await?.context("the administrative server")
+}
+
+/// Stands by for the lease, then acts until the shutdown, or until the lease is lost: that ends the process, for
+/// nothing that was begun as the leader may go on.
+async fn lead(candidate: &Candidate, context: Arc<Context>, sources: Sources, shutdown: &Shutdown) -> Result<()> {
+    tokio::select! {
+        () = shutdown.wait() => return Ok(()),
+        () = candidate.acquire() => {}
+    }
+    let release = CancellationToken::new();
+    let keep = candidate.keep(release.clone());
+    tokio::pin!(keep);
+    tokio::select! {
+        () = &mut keep => bail!("the lease is lost"),
+        () = controllers::run(context, sources, shutdown.token()) => {}
+    }
+    release.cancel();
+    keep.await;
+    Ok(())
+}

@@ -1,6 +1,6 @@
 //! Log output.
 
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::str::FromStr;
 
 use thiserror::Error;
@@ -50,13 +50,9 @@ impl FromStr for LogFormat {
 pub fn init(format: LogFormat) -> Result<(), Error> {
     use tracing_subscriber::util::SubscriberInitExt as _;
 
-    let builder = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
-    let filter = if std::env::var_os(EnvFilter::DEFAULT_ENV).is_some() {
-        builder.try_from_env()?
-    } else {
-        builder.parse_lossy("")
-    };
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env()?;
+    let lines =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     match format {
         LogFormat::Text => lines.finish().try_init()?,
         LogFormat::Json => lines.json().flatten_event(true).finish().try_init()?,

@@ -1,4 +1,5 @@
 //! The administrative server over a real socket of the loopback device.
+#![allow(clippy::unwrap_used, reason = "a test's helpers may stop it")]
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,0 +1,44 @@
+//! Kubernetes events: one when a snapshot is ready, one for each failure.
+
+use freezeframe_api::conditions::{find, reasons, types};
+use freezeframe_api::v1alpha1::{Phase, VMSnapshot, VMSnapshotStatus};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::runtime::events::{Event, EventType};
+use tracing::warn;
+
+use crate::context::Context;
+use crate::error::bounded;
+
+/// The event that the change of a snapshot's status deserves, if any. Pure.
+///
+/// The server keeps only the first note of events with the same action and reason, so what tells two apart is there.
+#[must_use]
+pub fn of_change(snapshot: &VMSnapshot, new: &VMSnapshotStatus) -> Option<Event> {
+    let told = snapshot.status.as_ref().and_then(noteworthy);
+    let (type_, action, reason) = noteworthy(new).filter(|news| told.as_ref() != Some(news))?;
+    Some(Event { type_, action: action.to_owned(), reason, note: new.message.clone(), secondary: None })
+}
+
+fn noteworthy(status: &VMSnapshotStatus) -> Option<(EventType, &'static str, String)> {
+    let reason = |type_| find(&status.conditions, type_).map(|condition| condition.reason.clone());
+    match status.phase {
+        Phase::Ready => Some((EventType::Normal, "Snapshot", "Ready".to_owned())),
+        Phase::Failed => Some((EventType::Warning, "Snapshot", reason(types::READY)?)),
+        Phase::Deleting => {
+            let reason = reason(types::REMOVED)?;
+            [reasons::DELETE_FAILED, reasons::HELD].contains(&reason.as_str()).then_some((
+                EventType::Warning,
+                "Delete",
+                reason,
+            ))
+        }
+        Phase::Pending | Phase::Preparing | Phase::Cutting | Phase::Completing => None,
+    }
+}
+
+/// Publishes an event. One that is lost is no reason to fail: the status says the same.
+pub async fn publish(ctx: &Context, event: &Event, regarding: &ObjectReference) {
+    if let Err(error) = bounded("publishing an event", ctx.recorder.publish(event, regarding)).await {
+        warn!(error = &error as &dyn std::error::Error, reason = event.reason, "event lost");
+    }
+}

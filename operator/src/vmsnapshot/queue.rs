@@ -1,0 +1,63 @@
+//! Who goes first among the snapshots of one VM. Pure.
+//!
+//! The node's agent serialises the sessions of a VM in any case. This queue gives them the order of creation and lets
+//! a user see what a snapshot waits for.
+
+use freezeframe_api::conditions::{find, reasons, types};
+use freezeframe_api::v1alpha1::{ContentPhase, Phase, VMSnapshot, VMSnapshotContent};
+use kube::ResourceExt as _;
+
+/// One snapshot of a VM, with its content where there is one.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a> {
+    /// The snapshot.
+    pub snapshot: &'a VMSnapshot,
+    /// Its content.
+    pub content: Option<&'a VMSnapshotContent>,
+}
+
+/// The snapshot just before `own` among those of `entries` that go first; `own` itself may be among them.
+pub fn ahead<'a>(own: &VMSnapshot, entries: &[Entry<'a>]) -> Option<&'a VMSnapshot> {
+    entries
+        .iter()
+        .filter(|entry| entry.snapshot.uid() != own.uid() && same_vm(own, entry.snapshot))
+        .filter(|entry| in_session(entry) || waits_in_line(entry) && order(entry.snapshot) < order(own))
+        .map(|entry| entry.snapshot)
+        .max_by_key(|snapshot| order(snapshot))
+}
+
+/// Whether two snapshots are of the same VM.
+pub fn same_vm(a: &VMSnapshot, b: &VMSnapshot) -> bool {
+    a.spec.vm_name == b.spec.vm_name && a.namespace() == b.namespace()
+}
+
+/// Whether the snapshot needs no more of the VM's time, so that the next one may start.
+pub fn is_settled(snapshot: &VMSnapshot) -> bool {
+    snapshot.status.as_ref().is_some_and(|status| matches!(status.phase, Phase::Ready | Phase::Failed))
+}
+
+/// A node works for it. That of a deleted snapshot is still to be cancelled; what a settled one leaves behind is
+/// merged by the node whenever the VM has time, and keeps nobody waiting.
+fn in_session(entry: &Entry<'_>) -> bool {
+    let unfinished = |content: &VMSnapshotContent| {
+        matches!(content.status.as_ref().and_then(|status| status.phase), None | Some(ContentPhase::Completing))
+    };
+    !is_settled(entry.snapshot) && entry.content.is_some_and(unfinished)
+}
+
+/// It would start if it could. One without a class can't, and would block its followers until its deadline.
+fn waits_in_line(entry: &Entry<'_>) -> bool {
+    let lacks_class = |snapshot: &VMSnapshot| {
+        let accepted = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::ACCEPTED));
+        accepted.is_some_and(|condition| {
+            [reasons::CLASS_NOT_FOUND, reasons::NO_DEFAULT_CLASS].contains(&condition.reason.as_str())
+        })
+    };
+    let deleted = entry.snapshot.metadata.deletion_timestamp.is_some();
+    !deleted && entry.content.is_none() && !is_settled(entry.snapshot) && !lacks_class(entry.snapshot)
+}
+
+fn order(snapshot: &VMSnapshot) -> (Option<k8s_openapi::jiff::Timestamp>, &str) {
+    let created = snapshot.metadata.creation_timestamp.as_ref().map(|time| time.0);
+    (created, snapshot.metadata.uid.as_deref().unwrap_or_default())
+}
