@@ -51,7 +51,7 @@ impl Harness {
     /// Tells the guard to stop and waits for it; the directory outlives it.
     pub async fn stop(self) -> TempDir {
         self.stop.send_replace(true);
-        self.server.await.unwrap().unwrap();
+        soon(self.server).await.unwrap().unwrap();
         self.dir
     }
 
@@ -80,4 +80,9 @@ pub async fn until(what: &str, condition: impl Fn() -> bool) {
         }
     });
     assert!(reached.await.is_ok(), "never came true: {what}");
+}
+
+/// Waits for what has to come long before any window's deadline would bring it about.
+pub async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(20), what).await.expect("it never came")
 }

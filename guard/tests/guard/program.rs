@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
 use crate::fake_vm::FakeVm;
-use crate::harness::{files, until};
+use crate::harness::{files, soon, until};
 
 async fn start(dir: &Path) -> (Child, Guard) {
     let socket = dir.join("guard.sock");
@@ -27,7 +27,7 @@ async fn a_program_killed_in_a_window_thaws_when_it_is_started_again() {
     let (mut child, guard) = start(dir.path()).await;
     let window = guard.arm(vm.record(), &[]).await.unwrap();
     child.kill().await.unwrap();
-    window.lost().await;
+    soon(window.lost()).await;
     assert!(vm.guest().frozen);
     let (_child, _) = start(dir.path()).await;
     vm.thawed().await;
@@ -41,7 +41,7 @@ async fn a_program_told_to_terminate_settles_its_windows_and_ends_well() {
     let _window = guard.arm(vm.record(), &[]).await.unwrap();
     let pid = Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
     kill_process(pid, Signal::TERM).unwrap();
-    assert!(child.wait().await.unwrap().success());
+    assert!(soon(child.wait()).await.unwrap().success());
     assert!(!vm.guest().frozen);
     assert!(files(&dir.path().join("state")).is_empty());
 }

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 
 use crate::fake_vm::FakeVm;
-use crate::harness::{Harness, files, timing, until};
+use crate::harness::{Harness, files, soon, timing, until};
 
 /// A state directory with a record as a guard of this boot would have left it.
 fn left_behind(record: &Record) -> TempDir {
@@ -27,7 +27,7 @@ async fn a_guard_that_died_in_an_open_window_thaws_when_it_is_back() {
     let (vm, harness) = (FakeVm::start("db"), Harness::start());
     let window = harness.guard().arm(vm.record(), &[]).await.unwrap();
     let dir = harness.kill().await;
-    window.lost().await;
+    soon(window.lost()).await;
     assert!(vm.guest().frozen);
     let harness = Harness::start_in(dir, timing());
     vm.thawed().await;

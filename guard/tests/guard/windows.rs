@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::fake_vm::FakeVm;
-use crate::harness::{Harness, timing, until};
+use crate::harness::{Harness, soon, timing, until};
 
 /// Says `bytes` to the guard and returns its answer, which must come: no input may leave a client waiting.
 async fn ask(harness: &Harness, bytes: &[u8]) -> String {
@@ -71,9 +71,9 @@ async fn a_silent_client_loses_its_sockets_and_the_guest_is_thawed() {
     let mut held = UnixStream::connect(vm.path("qga.sock")).await.unwrap();
     let window = harness.guard().arm(vm.record(), &[held.as_fd()]).await.unwrap();
     // The client's heartbeat comes every 250 ms: one that is late for this guard's silence.
-    window.lost().await;
+    soon(window.lost()).await;
     let mut rest = Vec::new();
-    held.read_to_end(&mut rest).await.unwrap();
+    soon(held.read_to_end(&mut rest)).await.unwrap();
     vm.thawed().await;
     harness.settled().await;
 }
@@ -85,7 +85,7 @@ async fn a_heartbeat_in_time_keeps_the_window_open() {
     let harness = Harness::start_in(TempDir::new().unwrap(), Timing { silence, ..timing() });
     let window = harness.guard().arm(Record { deadline_millis: 1500, ..vm.record() }, &[]).await.unwrap();
     let armed = std::time::Instant::now();
-    window.lost().await;
+    soon(window.lost()).await;
     assert!(armed.elapsed() >= Duration::from_millis(1400), "acted at {:?}, before the deadline", armed.elapsed());
 }
 
@@ -93,7 +93,7 @@ async fn a_heartbeat_in_time_keeps_the_window_open() {
 async fn a_passed_deadline_thaws_although_the_client_is_alive() {
     let (vm, harness) = (FakeVm::start("db"), Harness::start());
     let window = harness.guard().arm(Record { deadline_millis: 50, ..vm.record() }, &[]).await.unwrap();
-    window.lost().await;
+    soon(window.lost()).await;
     vm.thawed().await;
     harness.settled().await;
     window.disarm().await.expect_err("a window that the guard took over cannot be disarmed");
@@ -206,7 +206,7 @@ async fn told_to_stop_the_guard_settles_open_windows_first() {
     let window = harness.guard().arm(vm.record(), &[]).await.unwrap();
     let dir = harness.stop().await;
     assert!(!vm.guest().frozen);
-    window.lost().await;
+    soon(window.lost()).await;
     assert!(crate::harness::files(&dir.path().join("state")).is_empty());
     assert!(!dir.path().join("guard.sock").exists());
 }
