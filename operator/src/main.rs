@@ -29,7 +29,7 @@ async fn main() -> Result<()> {
     metrics.register(&mut registry);
     registry.register_collector(Box::new(PhaseGauge(caches.snapshots.clone())));
     let server = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness.clone()).await?;
-    let served = tokio::spawn(server.serve(shutdown.token()));
+    let serving = tokio::spawn(server.serve(shutdown.token()));
     let reachable = readiness.gate("cluster");
     client.apiserver_version().await.context("asking the cluster for its version")?;
     reachable.open();
@@ -41,7 +41,7 @@ async fn main() -> Result<()> {
         controllers::run(context, sources, shutdown.token()).await;
     }
     shutdown.begin();
-    served.await?.context("the administrative server")
+    serving.await?.context("the administrative server")
 }
 
 /// Stands by for the lease, then acts until the shutdown, or until the lease is lost: that ends the process, for

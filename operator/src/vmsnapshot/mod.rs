@@ -9,11 +9,16 @@
 
 mod apply;
 mod cleanup;
+#[cfg(test)]
+#[path = "../../tests/support/fixtures.rs"]
+mod fixtures;
 mod observe;
 mod order;
 mod plan;
 mod queue;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;

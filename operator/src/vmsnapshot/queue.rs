@@ -27,11 +27,13 @@ pub fn ahead<'a>(own: &VMSnapshot, entries: &[Entry<'a>]) -> Option<&'a VMSnapsh
 }
 
 /// Whether two snapshots are of the same VM.
+#[must_use]
 pub fn same_vm(a: &VMSnapshot, b: &VMSnapshot) -> bool {
     a.spec.vm_name == b.spec.vm_name && a.namespace() == b.namespace()
 }
 
 /// Whether the snapshot needs no more of the VM's time, so that the next one may start.
+#[must_use]
 pub fn is_settled(snapshot: &VMSnapshot) -> bool {
     snapshot.status.as_ref().is_some_and(|status| matches!(status.phase, Phase::Ready | Phase::Failed))
 }
