@@ -88,6 +88,8 @@ impl World {
         let (guest, control_plane) =
             tokio::try_join!(Guest::boot(guest), ControlPlane::start(&plane, config.controllers))?;
         control_plane.install_crds()?;
+        control_plane.apply_example("rbac-operator.yaml")?;
+        control_plane.apply_example("vmsnapshotclass.yaml")?;
         control_plane.kubectl(&["create", "namespace", &config.namespace])?;
         let site = Site {
             node_name: "node-1".into(),
@@ -126,6 +128,12 @@ impl World {
 }
 
 impl ControlPlane {
+    /// Applies one of the manifests that users are shown.
+    pub fn apply_example(&self, name: &str) -> Result<()> {
+        let path = format!(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/{}"), name);
+        self.kubectl(&["apply", "--server-side", "-f", &path]).map(drop)
+    }
+
     /// Applies the generated CRDs and waits until the API serves them.
     pub fn install_crds(&self) -> Result<()> {
         let crds = concat!(env!("CARGO_MANIFEST_DIR"), "/../crds");
