@@ -17,7 +17,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::PostParams;
 use kube::core::ObjectMeta;
 use kube::{Api, Client};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -56,27 +56,35 @@ impl Candidate {
         Self { leases: Api::namespaced(client, namespace), identity: identity.to_owned() }
     }
 
-    /// Returns when this one leads.
-    pub async fn acquire(&self) {
+    /// Returns when this one leads, with the instant at which it asked to.
+    pub async fn acquire(&self) -> Instant {
         let mut seen = None;
         info!(identity = self.identity, "standing by for the lease");
-        while !self.attempt(&mut seen).await {
-            sleep(PERIOD).await;
-        }
-        info!(identity = self.identity, "leading");
-    }
-
-    /// Renews the lease until it is lost, and returns then; or until `stop`, and gives it up then. `since` is when the
-    /// lease was known to be ours.
-    pub async fn keep(&self, stop: CancellationToken) {
-        let (mut held, mut seen) = (Instant::now(), None);
-        while held.elapsed() < GIVE_UP_AFTER {
-            tokio::select! {
-                () = stop.cancelled() => return self.release().await,
-                () = sleep(PERIOD) => {}
-            }
+        loop {
             let sent = Instant::now();
             if self.attempt(&mut seen).await {
+                info!(identity = self.identity, "leading");
+                return sent;
+            }
+            sleep(PERIOD).await;
+        }
+    }
+
+    /// Renews the lease, `held` since that instant, until it is lost, and returns then; or until `stop`, and gives it
+    /// up then.
+    pub async fn keep(&self, mut held: Instant, stop: CancellationToken) {
+        let mut seen = None;
+        loop {
+            let renewal = async {
+                sleep(PERIOD).await;
+                (Instant::now(), self.attempt(&mut seen).await)
+            };
+            let (sent, renewed) = tokio::select! {
+                () = stop.cancelled() => return self.release().await,
+                () = sleep_until(held + GIVE_UP_AFTER) => break,
+                attempt = renewal => attempt,
+            };
+            if renewed {
                 held = sent;
             } else if seen.as_ref().is_some_and(|seen: &Seen| !self.holds(&seen.spec)) {
                 break;

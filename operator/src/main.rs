@@ -47,12 +47,12 @@ async fn main() -> Result<()> {
 /// Stands by for the lease, then acts until the shutdown, or until the lease is lost: that ends the process, for
 /// nothing that was begun as the leader may go on.
 async fn lead(candidate: &Candidate, context: Arc<Context>, sources: Sources, shutdown: &Shutdown) -> Result<()> {
-    tokio::select! {
+    let held = tokio::select! {
         () = shutdown.wait() => return Ok(()),
-        () = candidate.acquire() => {}
-    }
+        held = candidate.acquire() => held,
+    };
     let release = CancellationToken::new();
-    let keep = candidate.keep(release.clone());
+    let keep = candidate.keep(held, release.clone());
     tokio::pin!(keep);
     tokio::select! {
         () = &mut keep => bail!("the lease is lost"),

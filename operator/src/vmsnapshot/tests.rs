@@ -43,6 +43,7 @@ fn is(plan: &Plan, type_: &str) -> Option<(String, String)> {
     find(&status(plan).conditions, type_).map(|condition| (condition.status.clone(), condition.reason.clone()))
 }
 
+#[allow(clippy::unnecessary_wraps, reason = "it is compared with what `is` returns")]
 fn pair(status: &str, reason: &str) -> Option<(String, String)> {
     Some((status.to_owned(), reason.to_owned()))
 }

@@ -1,0 +1,79 @@
+//! A server that expects certain calls, and caches without a watch.
+#![allow(dead_code, clippy::unwrap_used, reason = "each test crate uses a part; a test's support may stop it")]
+
+pub mod fixtures;
+
+use std::sync::Arc;
+
+use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotContent};
+use freezeframe_operator::caches::{Caches, Sources};
+use freezeframe_operator::context::Context;
+use freezeframe_operator::metrics::Metrics;
+use http::{Method, Request, Response};
+use kube::Client;
+use kube::client::Body;
+use serde_json::{Value, json};
+use tower_test::mock::{Handle, SendResponse};
+
+/// The server's side of a conversation.
+pub struct Server(Handle<Request<Body>, Response<Body>>);
+
+/// One call that was received.
+pub struct Call {
+    pub path: String,
+    pub query: String,
+    pub content_type: String,
+    pub body: Value,
+    reply: SendResponse<Response<Body>>,
+}
+
+pub fn server() -> (Client, Server) {
+    let (service, handle) = tower_test::mock::pair();
+    (Client::new(service, "default"), Server(handle))
+}
+
+impl Server {
+    /// The next call, which must be of this method to a path that ends so.
+    pub async fn expect(&mut self, method: Method, path_end: &str) -> Call {
+        let (request, reply) = self.0.next_request().await.unwrap();
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path().to_owned();
+        assert!(parts.method == method && path.ends_with(path_end), "{} {path}, not {method} {path_end}", parts.method);
+        let bytes = body.collect_bytes().await.unwrap();
+        Call {
+            path,
+            query: parts.uri.query().unwrap_or_default().to_owned(),
+            content_type: parts.headers.get("content-type").map(|v| v.to_str().unwrap().to_owned()).unwrap_or_default(),
+            body: serde_json::from_slice(&bytes).unwrap_or_default(),
+            reply,
+        }
+    }
+}
+
+impl Call {
+    pub fn answer(self, object: &impl serde::Serialize) {
+        self.respond(200, &serde_json::to_value(object).unwrap());
+    }
+
+    pub fn fail(self, code: u16, reason: &str) {
+        let status = json!({"apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code, "reason": reason,
+            "message": "as the test has it", "metadata": {}});
+        self.respond(code, &status);
+    }
+
+    fn respond(self, code: u16, body: &Value) {
+        let body = Body::from(serde_json::to_vec(body).unwrap());
+        self.reply.send_response(Response::builder().status(code).body(body).unwrap());
+    }
+}
+
+/// An operator whose watches have seen VM `db-1` running and class `standard`, and these.
+pub fn operator(snapshots: Vec<VMSnapshot>, contents: Vec<VMSnapshotContent>) -> (Arc<Context>, Server, Sources) {
+    let (client, server) = server();
+    let (caches, mut sources) = Caches::new();
+    sources.snapshots.fill(snapshots);
+    sources.contents.fill(contents);
+    sources.targets.fill([fixtures::target("Running")]);
+    sources.classes.fill([fixtures::class("standard", true)]);
+    (Arc::new(Context::new(client, caches, Metrics::default(), None)), server, sources)
+}
