@@ -83,6 +83,8 @@ mod tests {
             format: format.into(),
             source: "/images/a".into(),
             path: Ok("/images/a".into()),
+            filesystem: None,
+            chain: Ok(()),
             encrypted: false,
             has_bitmaps: false,
         }

@@ -112,14 +112,16 @@ impl SnapshotDriver for Copy {
         open_target(vm, task, &state).await
     }
 
-    fn cut(&self, task: &DiskTask) -> Result<Cut> {
-        let state: State = task.state()?;
-        let action = json!({
-            "type": "blockdev-backup",
-            "data": {"job-id": state.job(), "device": task.node, "target": state.node(), "sync": "full",
-                     "auto-dismiss": false},
-        });
-        Ok(Cut { actions: vec![action], exchanges: vec![] })
+    fn cut(&self, group: &[&DiskTask], _: &ImageRoots) -> Result<Cut> {
+        let action = |task: &&DiskTask| {
+            let state: State = task.state()?;
+            Ok(json!({
+                "type": "blockdev-backup",
+                "data": {"job-id": state.job(), "device": task.node, "target": state.node(), "sync": "full",
+                         "auto-dismiss": false},
+            }))
+        };
+        Ok(Cut { actions: group.iter().map(action).collect::<Result<_>>()?, ..Cut::default() })
     }
 
     async fn complete(&self, vm: &Vm, _: &ImageRoots, task: &mut DiskTask) -> Result<()> {

@@ -4,13 +4,16 @@
 //! freezing, of Kubernetes or of other drivers. Every function may be called again after a crash at any point of it:
 //! what is there already is found, not made twice. A new driver is one file and one line in [`registry`].
 
+pub mod btrfs;
 pub mod choice;
 pub mod copy;
 pub mod jobs;
 pub mod overlay;
+pub mod reflink;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use freezeframe_guard::Exchange;
@@ -19,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::hypervisor::Vm;
+use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::graph::HandOverError;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 use crate::hypervisor::qcow2::HeaderError;
@@ -26,7 +30,7 @@ use crate::hypervisor::qcow2::HeaderError;
 /// All drivers, in the default order of preference.
 #[must_use]
 pub fn registry() -> Vec<Box<dyn SnapshotDriver>> {
-    vec![Box::new(overlay::Overlay), Box::new(copy::Copy)]
+    vec![Box::new(reflink::Reflink), Box::new(btrfs::Btrfs), Box::new(overlay::Overlay), Box::new(copy::Copy)]
 }
 
 /// The driver of that name.
@@ -44,6 +48,10 @@ pub struct DiskFacts {
     pub source: String,
     /// Path of the image on this node, where it is a file beneath an image root; else why it isn't.
     pub path: std::result::Result<PathBuf, String>,
+    /// The file system that the image is on, where it is a file.
+    pub filesystem: Option<Filesystem>,
+    /// Whether every image of its chain is a file beneath an image root; else why not.
+    pub chain: std::result::Result<(), String>,
     /// Whether the image is encrypted.
     pub encrypted: bool,
     /// Whether it has dirty bitmaps that a layer on top would leave behind.
@@ -99,13 +107,30 @@ pub struct Artifact {
     pub format: String,
 }
 
-/// What a driver contributes to the window.
-#[derive(Clone, Debug, Default)]
+/// What a driver contributes to the window for a group of disks.
+#[derive(Default)]
 pub struct Cut {
     /// Actions for the one QMP transaction.
     pub actions: Vec<Value>,
     /// Names that change hands once the transaction is done, before the guest goes on.
     pub exchanges: Vec<Exchange>,
+    /// Cuts outside QEMU, made in parallel while its virtual CPUs are stopped.
+    pub host: Vec<HostCut>,
+}
+
+/// One cut outside QEMU. Everything it needs is open already.
+#[derive(Clone)]
+pub struct HostCut {
+    /// The disks that it cuts, all at the same instant.
+    pub disks: Vec<String>,
+    /// Makes it; blocks, but not for long. May be called again after a failure.
+    pub run: Arc<dyn Fn() -> Result<()> + Send + Sync>,
+}
+
+impl std::fmt::Debug for HostCut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostCut({})", self.disks.join(", "))
+    }
 }
 
 /// What is left to do to remove a disk's artifacts.
@@ -237,6 +262,14 @@ pub enum DriverError {
 /// Result of a driver's function.
 pub type Result<T> = std::result::Result<T, DriverError>;
 
+/// Refuses every parameter, for a driver that has none.
+pub(crate) fn no_parameters(driver: &str, parameters: &BTreeMap<String, String>) -> Result<()> {
+    match parameters.keys().next() {
+        None => Ok(()),
+        Some(key) => Err(DriverError::Parameter { key: key.clone(), why: format!("{driver} has no parameters") }),
+    }
+}
+
 /// Names what was being done when QEMU refused.
 pub(crate) fn qemu(doing: impl Into<String>) -> impl FnOnce(freezeframe_qemu::Error) -> DriverError {
     let doing = doing.into();
@@ -261,8 +294,13 @@ pub trait SnapshotDriver: Send + Sync {
     /// Makes everything that can be made before the window.
     async fn prepare(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()>;
 
-    /// What happens in the window. Pure: the window does it.
-    fn cut(&self, task: &DiskTask) -> Result<Cut>;
+    /// What happens in the window to a group of disks. Nothing is changed yet: the window does it.
+    fn cut(&self, group: &[&DiskTask], roots: &ImageRoots) -> Result<Cut>;
+
+    /// Whether the cut is made outside QEMU, so that its virtual CPUs must be stopped and its caches flushed.
+    fn needs_pause(&self) -> bool {
+        false
+    }
 
     /// After the cut, all that can be slow: waits, verifies, and sets the artifact.
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()>;

@@ -25,9 +25,9 @@ use std::path::Path;
 use async_trait::async_trait;
 use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use freezeframe_qemu::BlockGraph;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Cut, DiskFacts, DiskTask, DriverError, Env, Removal, Result, SnapshotDriver, Verdict};
+use super::{Cut, DiskFacts, DiskTask, Env, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 use state::State;
@@ -42,10 +42,7 @@ impl SnapshotDriver for Overlay {
     }
 
     fn check_parameters(&self, parameters: &BTreeMap<String, String>) -> Result<()> {
-        match parameters.keys().next() {
-            None => Ok(()),
-            Some(key) => Err(DriverError::Parameter { key: key.clone(), why: "overlay has no parameters".into() }),
-        }
+        super::no_parameters(self.name(), parameters)
     }
 
     fn can_take(&self, disk: &DiskFacts, _: &BTreeMap<String, String>) -> Verdict {
@@ -76,21 +73,14 @@ impl SnapshotDriver for Overlay {
         prepare::open_layer(vm, roots, task, &state).await
     }
 
-    fn cut(&self, task: &DiskTask) -> Result<Cut> {
-        let state: State = task.state()?;
-        let action = json!({
-            "type": "blockdev-snapshot",
-            "data": {"node": state.base_node, "overlay": state.layer_node()},
-        });
-        let exchange = Exchange {
-            directory: state.directory.clone(),
-            a: state.disk_file.clone(),
-            b: state.layer.clone(),
-            a_inode: state.base.inode,
-            when_active: state.layer_node(),
-            kind: ExchangeKind::Swap,
-        };
-        Ok(Cut { actions: vec![action], exchanges: vec![exchange] })
+    fn cut(&self, group: &[&DiskTask], _: &ImageRoots) -> Result<Cut> {
+        let mut cut = Cut::default();
+        for task in group {
+            let (action, exchange) = layer_cut(&task.state()?);
+            cut.actions.push(action);
+            cut.exchanges.push(exchange);
+        }
+        Ok(cut)
     }
 
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
@@ -119,4 +109,20 @@ impl SnapshotDriver for Overlay {
         }
         Ok(())
     }
+}
+
+fn layer_cut(state: &State) -> (Value, Exchange) {
+    let action = json!({
+        "type": "blockdev-snapshot",
+        "data": {"node": state.base_node, "overlay": state.layer_node()},
+    });
+    let exchange = Exchange {
+        directory: state.directory.clone(),
+        a: state.disk_file.clone(),
+        b: state.layer.clone(),
+        a_inode: state.base.inode,
+        when_active: state.layer_node(),
+        kind: ExchangeKind::Swap,
+    };
+    (action, exchange)
 }

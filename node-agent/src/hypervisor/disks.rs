@@ -6,7 +6,8 @@ use freezeframe_qemu::{BlockGraph, Disk, Error as QemuError, Node};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::graph::{NodeFile, node_files, working_directory};
+use super::filesystem::Filesystem;
+use super::graph::{NodeFile, NodeFiles, node_files, working_directory};
 use super::image::ImageRoots;
 use super::{QMP_TIMEOUT, Vm};
 use crate::drivers::DiskFacts;
@@ -45,14 +46,13 @@ pub async fn disks(vm: &Vm, roots: &ImageRoots) -> Result<Disks, QemuError> {
     let files = node_files(vm.qmp(), &graph, roots, cwd.as_deref()).await?;
     let found = graph.disks().iter().filter_map(|disk| {
         let node = graph.node(disk.top.as_deref()?)?;
-        let file = node.file_child.as_ref().and_then(|child| files.get(child)).or_else(|| files.get(&node.name));
-        Some(found_disk(disk, node, file, &graph, roots))
+        Some(found_disk(disk, node, &files, &graph, roots))
     });
     Ok(Disks { found: found.collect(), out_of_reach: out_of_reach(vm).await?, graph })
 }
 
-fn found_disk(disk: &Disk, node: &Node, file: Option<&NodeFile>, graph: &BlockGraph, roots: &ImageRoots) -> FoundDisk {
-    let path = path_of(file, roots);
+fn found_disk(disk: &Disk, node: &Node, files: &NodeFiles, graph: &BlockGraph, roots: &ImageRoots) -> FoundDisk {
+    let path = path_of(files.of(node), roots);
     FoundDisk {
         name: disk.name(),
         node: node.name.clone(),
@@ -62,6 +62,8 @@ fn found_disk(disk: &Disk, node: &Node, file: Option<&NodeFile>, graph: &BlockGr
         facts: DiskFacts {
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),
+            filesystem: path.as_ref().ok().and_then(|path| Filesystem::of(path)),
+            chain: chain_of(node, graph, files),
             path,
             encrypted: node.encrypted || disk.encrypted,
             has_bitmaps: !node.dirty_bitmaps.is_empty(),
@@ -69,8 +71,21 @@ fn found_disk(disk: &Disk, node: &Node, file: Option<&NodeFile>, graph: &BlockGr
     }
 }
 
+/// Whether every image of a chain is a file that we may touch.
+fn chain_of(top: &Node, graph: &BlockGraph, files: &NodeFiles) -> Result<(), String> {
+    for node in graph.chain(&top.name) {
+        match files.of(node) {
+            Some(NodeFile::Pinned { .. } | NodeFile::Named { .. }) => {}
+            Some(NodeFile::Stale) => return Err(format!("QEMU's name for image {} leads to another file", node.file)),
+            Some(NodeFile::Foreign { why }) => return Err(why.clone()),
+            None => return Err(format!("image {} isn't a file", node.file)),
+        }
+    }
+    Ok(())
+}
+
 /// The path under which the file is found now; a pinned one is looked up by what it is.
-fn path_of(file: Option<&NodeFile>, roots: &ImageRoots) -> Result<PathBuf, String> {
+pub fn path_of(file: Option<&NodeFile>, roots: &ImageRoots) -> Result<PathBuf, String> {
     match file {
         Some(NodeFile::Named { path, .. }) => Ok(path.clone()),
         Some(NodeFile::Pinned { id, directory }) => {

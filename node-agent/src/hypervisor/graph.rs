@@ -64,18 +64,30 @@ impl NodeFile {
     }
 }
 
+/// Which file each node of a graph holds.
+#[derive(Clone, Debug, Default)]
+pub struct NodeFiles(HashMap<String, NodeFile>);
+
+impl NodeFiles {
+    /// The file of a format node, or of a protocol node itself.
+    #[must_use]
+    pub fn of(&self, node: &Node) -> Option<&NodeFile> {
+        node.file_child.as_ref().and_then(|child| self.0.get(child)).or_else(|| self.0.get(&node.name))
+    }
+}
+
 /// Reads which file each node holds.
 pub async fn node_files(
     qmp: &Qmp,
     graph: &BlockGraph,
     roots: &ImageRoots,
     qemu_directory: Option<&Path>,
-) -> QemuResult<HashMap<String, NodeFile>> {
+) -> QemuResult<NodeFiles> {
     let sets = qmp.query_fdsets(QMP_TIMEOUT).await?;
     let pinned = |node: &Node| pinned_file(node, &sets);
     let held: HashSet<FileId> = graph.nodes().filter_map(|node| pinned(node).and_then(|file| file.id())).collect();
     let resolve = |node: &Node| pinned(node).unwrap_or_else(|| named_file(node, roots, qemu_directory, &held));
-    Ok(graph.nodes().map(|node| (node.name.clone(), resolve(node))).collect())
+    Ok(NodeFiles(graph.nodes().map(|node| (node.name.clone(), resolve(node))).collect()))
 }
 
 fn pinned_file(node: &Node, sets: &[FdSet]) -> Option<NodeFile> {

@@ -3,7 +3,7 @@
 //! QEMU tells us its images' paths, and QEMU is not trusted: a path outside the roots, a symbolic link, or anything
 //! but a regular file is refused before something is created, renamed or handed over.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
@@ -141,6 +141,12 @@ impl ImageDirectory {
         Ok(fd)
     }
 
+    /// Makes an empty file that must not be there.
+    pub fn create(&self, name: &str, mode: Mode) -> Result<OwnedFd> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.fd, name, flags, mode).map_err(|source| io_error("create", &self.join(name), source))
+    }
+
     /// Gives `name` the owner and mode of `like`, so that QEMU may use the one as it may the other.
     pub fn copy_ownership(&self, name: &str, like: &ImageDirectory, like_name: &str) -> Result<()> {
         let io = |source| io_error("give an owner to", &self.join(name), source);
@@ -205,6 +211,12 @@ impl ImageDirectory {
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
             .map_err(|source| io_error("open directory", &path, source))?;
         Ok(Self { path, fd })
+    }
+}
+
+impl AsFd for ImageDirectory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

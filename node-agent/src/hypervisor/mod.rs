@@ -3,7 +3,9 @@
 //! Freeze, thaw, pause and resume take the guard's [`Window`] by reference: without a guard that owes the thaw on disk,
 //! there is no value to call them with.
 
+pub mod btrfs;
 pub mod disks;
+pub mod filesystem;
 pub mod graph;
 pub mod image;
 pub mod offline;

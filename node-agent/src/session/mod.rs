@@ -32,7 +32,7 @@ use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::crash;
-use crate::drivers::{self, DiskTask};
+use crate::drivers::{self, Cut, DiskTask};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 use journal::{Journal, JournalError, SessionRecord, Stage};
@@ -114,7 +114,7 @@ impl Sessions {
         flush::flush(&mut vm, &record.tasks, freeze.is_some()).await;
         still_wanted(&order, progress)?;
         accept::unchanged(self, &vm, &record.tasks).await?;
-        let plan = plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause)?;
+        let plan = plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause, &self.roots)?;
         let measured = self.window(&mut vm, &order, &plan).await?;
         check_level(&order, &measured, &plan)?;
         record.measured = Some(measured);
@@ -226,16 +226,24 @@ fn plan(
     freeze: Option<Freeze>,
     running: bool,
     needs_pause: bool,
+    roots: &ImageRoots,
 ) -> Result<Plan, Failure> {
-    let (mut actions, mut exchanges) = (vec![], vec![]);
-    for task in tasks {
-        let cut = driver(task)?.cut(task)?;
-        actions.extend(cut.actions);
-        exchanges.extend(cut.exchanges);
+    let mut pause = needs_pause || freeze.is_none() || order.pause == Pause::Always;
+    let mut all = Cut::default();
+    for driver in drivers::registry() {
+        let group: Vec<_> = tasks.iter().filter(|task| task.driver == driver.name()).collect();
+        if group.is_empty() {
+            continue;
+        }
+        pause |= driver.needs_pause();
+        let cut = driver.cut(&group, roots)?;
+        all.actions.extend(cut.actions);
+        all.exchanges.extend(cut.exchanges);
+        all.host.extend(cut.host);
     }
-    let pause = needs_pause || freeze.is_none() || order.pause == Pause::Always;
+    let Cut { actions, exchanges, host } = all;
     let id = order.uid.clone();
-    Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges })
+    Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges, host })
 }
 
 /// The level that a window proved: every frozen file system was still frozen when it was thawed, and none was missed.

@@ -78,9 +78,11 @@ impl From<WindowError> for Failure {
             WindowError::FrozeTooLittle { .. } => reasons::NOTHING_FROZEN,
             WindowError::HoldExceeded(_) => reasons::WINDOW_BROKEN,
             WindowError::ThawOwed(_) | WindowError::ResumeOwed(_) => reasons::THAW_OWED,
-            WindowError::Pause(_) | WindowError::Cut(_) | WindowError::Exchange(_) | WindowError::Switch(_) => {
-                reasons::CUT_FAILED
-            }
+            WindowError::Pause(_)
+            | WindowError::Cut(_)
+            | WindowError::HostCut(..)
+            | WindowError::Exchange(_)
+            | WindowError::Switch(_) => reasons::CUT_FAILED,
         };
         Self::new(reason, chain(&error))
     }

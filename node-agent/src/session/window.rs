@@ -26,7 +26,7 @@ use tokio::time::timeout;
 
 use crate::crash;
 use crate::drivers::jobs::{self, Wanted};
-use crate::drivers::{DriverError, Switch};
+use crate::drivers::{DriverError, HostCut, Switch};
 use crate::hypervisor::Vm;
 
 /// Bound of resuming, and of one attempt to thaw.
@@ -53,6 +53,8 @@ pub struct Plan {
     pub actions: Vec<Value>,
     /// The names that change hands.
     pub exchanges: Vec<Exchange>,
+    /// Cuts outside QEMU, beside the transaction.
+    pub host: Vec<HostCut>,
 }
 
 /// What is to be frozen.
@@ -113,6 +115,9 @@ pub enum WindowError {
     /// The cut didn't end within the hold.
     #[error("the cut was not done within {0:?}")]
     HoldExceeded(Duration),
+    /// A cut outside QEMU failed.
+    #[error("failed to cut {0}")]
+    HostCut(String, #[source] Box<DriverError>),
     /// A name couldn't change hands.
     #[error("failed to give the new layer the disk's name")]
     Exchange(#[source] freezeframe_guard::ExchangeError),
@@ -172,6 +177,7 @@ pub async fn switch(vm: &mut Vm, guard: &Guard, id: String, switch: &Switch) -> 
         max_hold: SWITCH_BOUND,
         actions: vec![],
         exchanges: vec![switch.exchange.clone()],
+        host: vec![],
     };
     let armed = arm(vm, guard, &plan).await?;
     let mut hold = Hold::default();
@@ -249,7 +255,12 @@ impl Hold {
         self.pause(vm, armed, plan).await?;
         self.cut_sent = true;
         let sent = Instant::now();
-        vm.qmp().transaction(&plan.actions, plan.max_hold).await.map_err(WindowError::Cut)?;
+        // Started first: a blocking thread takes a moment to start, and the transaction is quick.
+        let host = tokio::spawn(host_cuts(plan.host.clone()));
+        if !plan.actions.is_empty() {
+            vm.qmp().transaction(&plan.actions, plan.max_hold).await.map_err(WindowError::Cut)?;
+        }
+        host.await.unwrap_or(Err(WindowError::HoldExceeded(plan.max_hold)))?;
         self.cut_at = Some(Timestamp::now());
         self.skew = sent.elapsed();
         crash::point("transaction");
@@ -335,6 +346,19 @@ impl Hold {
             skew: self.skew,
         }
     }
+}
+
+/// Makes all cuts outside QEMU at once and waits for the last.
+async fn host_cuts(cuts: Vec<HostCut>) -> Result<(), WindowError> {
+    let made = cuts.into_iter().map(|HostCut { disks, run }| {
+        let disks = disks.join(", ");
+        async move {
+            let made = tokio::task::spawn_blocking(move || run()).await;
+            let made = made.unwrap_or_else(|_| Err(DriverError::NotNow("the cut was given up".into())));
+            made.map_err(|error| WindowError::HostCut(disks, Box::new(error)))
+        }
+    });
+    futures::future::try_join_all(made).await.map(drop)
 }
 
 async fn resume(vm: &Vm, armed: &Window) -> Result<(), QemuError> {

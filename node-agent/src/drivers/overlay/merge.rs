@@ -19,14 +19,13 @@
 use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
-use std::collections::HashMap;
 
 use super::prepare::{dependents, forget_node, pin};
 use super::state::{Merging, State};
 use super::{DiskTask, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
-use crate::hypervisor::graph::{NodeFile, node_files, take_back, working_directory};
+use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, take_back, working_directory};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -116,7 +115,7 @@ async fn hand_on(env: &Env<'_>, directory: &ImageDirectory, state: &State, mergi
 struct Place<'a> {
     root: String,
     chain: Vec<&'a Node>,
-    files: HashMap<String, NodeFile>,
+    files: NodeFiles,
     at: usize,
 }
 
@@ -136,8 +135,7 @@ impl<'a> Place<'a> {
     }
 
     fn file(&self, at: usize) -> Option<&NodeFile> {
-        let node = self.chain.get(at)?;
-        node.file_child.as_ref().and_then(|child| self.files.get(child)).or_else(|| self.files.get(&node.name))
+        self.files.of(self.chain.get(at)?)
     }
 
     fn id(&self, at: usize) -> Option<FileId> {
@@ -150,9 +148,8 @@ impl<'a> Place<'a> {
 }
 
 /// A stale node's file isn't certain by itself, but the node that was the disk at our own cut holds our base.
-fn holds(node: &Node, files: &HashMap<String, NodeFile>, state: &State) -> bool {
-    let file = node.file_child.as_ref().and_then(|child| files.get(child)).or_else(|| files.get(&node.name));
-    match file {
+fn holds(node: &Node, files: &NodeFiles, state: &State) -> bool {
+    match files.of(node) {
         Some(NodeFile::Stale) => node.name == state.base_node,
         Some(file) => file.id() == Some(state.base),
         None => false,
