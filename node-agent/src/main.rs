@@ -7,6 +7,7 @@ use clap::Parser;
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::args::Args;
 use freezeframe_node_agent::controller::{self, Context};
+use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::locks::VmLocks;
 use freezeframe_node_agent::metrics::Metrics;
@@ -38,6 +39,7 @@ async fn main() -> anyhow::Result<()> {
         roots: ImageRoots::new(roots),
         guard: Guard::new(&args.guard_socket),
         journal: Journal::open(args.state_dir.join("contents"))?,
+        drivers: Drivers::default(),
     });
     let client = kube::Client::try_default().await.context("failed to read how to reach the Kubernetes API")?;
     api_reached.open();

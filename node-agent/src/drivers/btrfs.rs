@@ -7,23 +7,18 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
 use serde::{Deserialize, Serialize};
-use tokio::process::Command;
 
-use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Removal, Result, SnapshotDriver, Verdict};
+use super::{Artifact, ChainImage, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Removal, Result};
+use super::{SnapshotDriver, Verdict, btrfs, verify};
 use crate::hypervisor::Vm;
 use crate::hypervisor::btrfs::snapshot_read_only;
 use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
-
-/// Deleting a subvolume is done when the kernel has cleaned it up; with many extents that takes long.
-const DELETE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The driver.
 pub struct Btrfs;
@@ -34,6 +29,8 @@ struct State {
     snapshot: String,
     /// The image's path within the subvolume.
     image: PathBuf,
+    /// Whether the snapshot's name was seen free, so that what has it now is ours.
+    claimed: bool,
 }
 
 impl State {
@@ -53,32 +50,40 @@ impl SnapshotDriver for Btrfs {
     }
 
     fn can_take(&self, disk: &DiskFacts, _: &BTreeMap<String, String>) -> Verdict {
-        match (&disk.filesystem, &disk.chain) {
-            (_, Err(why)) => Verdict::Unusable(why.clone()),
-            (Some(Filesystem::Btrfs { subvolume }), Ok(())) => {
-                Verdict::Usable(format!("in btrfs subvolume {}: a snapshot of it", subvolume.display()))
+        let (images, subvolume) = match (&disk.chain, &disk.filesystem) {
+            (Err(why), _) => return Verdict::Unusable(why.clone()),
+            (Ok(images), Some(Filesystem::Btrfs { subvolume: Some(subvolume) })) => (images, subvolume),
+            (_, Some(Filesystem::Btrfs { subvolume: None })) => {
+                return Verdict::Unusable(
+                    "its btrfs subvolume is not beneath an image root of this node's agent".into(),
+                );
             }
-            _ => Verdict::Unusable("the image isn't in a btrfs subvolume".into()),
+            _ => return Verdict::Unusable("the image isn't in a btrfs subvolume".into()),
+        };
+        match why_incomplete(images, subvolume) {
+            Some(why) => Verdict::Unusable(why),
+            None => Verdict::Usable(format!("in btrfs subvolume {}: a snapshot of it", subvolume.display())),
         }
     }
 
     fn plan(&self, task: &mut DiskTask, _: &BlockGraph, roots: &ImageRoots) -> Result<()> {
         let path = task.path.clone().ok_or_else(|| DriverError::Verify("the disk has no file".into()))?;
-        let Some(Filesystem::Btrfs { subvolume }) = Filesystem::of(&path) else {
+        let Some(Filesystem::Btrfs { subvolume: Some(subvolume) }) = Filesystem::of(&path, roots) else {
             return Err(DriverError::NotNow(format!("{} isn't in a btrfs subvolume", path.display())));
         };
-        roots.directory(&subvolume)?;
         let image = path.strip_prefix(&subvolume).map_err(|_| ImageError::NotAFilePath(path.clone()))?.to_owned();
         let snapshot = format!(".vmsnap-{}", task.id);
-        task.set_state(&State { subvolume, snapshot, image })
+        task.set_state(&State { subvolume, snapshot, image, claimed: false })
     }
 
     async fn prepare(&self, _: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
-        let state: State = task.state()?;
-        // A chain that leaves the subvolume would leave the snapshot incomplete.
-        let directory = roots.directory(&state.subvolume)?;
-        let rest = directory.names()?.contains(&state.snapshot);
-        if rest { Err(DriverError::NotNow(format!("{} is there already", state.path().display()))) } else { Ok(()) }
+        let mut state: State = task.state()?;
+        let taken = || Ok::<_, DriverError>(roots.directory(&state.subvolume)?.names()?.contains(&state.snapshot));
+        if !state.claimed && taken()? {
+            return Err(DriverError::NotNow(format!("{} is there already", state.path().display())));
+        }
+        state.claimed = true;
+        task.set_state(&state)
     }
 
     fn cut(&self, group: &[&DiskTask], roots: &ImageRoots) -> Result<Cut> {
@@ -99,10 +104,7 @@ impl SnapshotDriver for Btrfs {
     async fn complete(&self, _: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let state: State = task.state()?;
         let handle = state.path().join(&state.image);
-        let (directory, name) = roots.directory_of(&handle)?;
-        if directory.id(&name)?.is_none() {
-            return Err(DriverError::Verify(format!("disk {}: {} is missing", task.disk, handle.display())));
-        }
+        verify::image(roots, &handle, &task.format, task)?;
         task.artifact = Some(Artifact { handle, format: task.format.clone() });
         Ok(())
     }
@@ -113,12 +115,37 @@ impl SnapshotDriver for Btrfs {
         }
         let state: State = task.state()?;
         let directory = env.roots.directory(&state.subvolume)?;
-        if directory.names()?.contains(&state.snapshot) {
+        if state.claimed && directory.names()?.contains(&state.snapshot) {
             btrfs(&["subvolume", "delete", "--commit-after"], &state.path()).await?;
             btrfs(&["subvolume", "sync"], &state.subvolume).await?;
         }
         Ok(Removal::Done)
     }
+}
+
+/// Why a snapshot of the subvolume would not hold all of a disk, or would read something outside itself.
+fn why_incomplete(images: &[ChainImage], subvolume: &Path) -> Option<String> {
+    for (depth, image) in images.iter().enumerate() {
+        let path = &image.layer.path;
+        let inside = matches!(&image.filesystem, Some(Filesystem::Btrfs { subvolume: Some(own) }) if own == subvolume);
+        let below = images.get(depth + 1).map(|below| below.layer.path.as_path());
+        let why = match () {
+            () if !inside => format!("is outside subvolume {}", subvolume.display()),
+            () if image.external_data => "has its data in another file".into(),
+            () if below.is_some() && image.layer.format != "qcow2" => {
+                "has a format whose backing string isn't known".into()
+            }
+            () if image.backing.as_deref().is_some_and(|backing| Path::new(backing).is_absolute()) => {
+                "names its backing file by an absolute path, which leads out of a snapshot".into()
+            }
+            () if image.backing.as_ref().map(|backing| path.with_file_name(backing)).as_deref() != below => {
+                "names another backing file than the VM runs with".into()
+            }
+            () => continue,
+        };
+        return Some(format!("{} {why}", path.display()));
+    }
+    None
 }
 
 fn host_cut(state: State, disks: Vec<String>, roots: &ImageRoots) -> Result<HostCut> {
@@ -129,16 +156,4 @@ fn host_cut(state: State, disks: Vec<String>, roots: &ImageRoots) -> Result<Host
             .map_err(|errno| ImageError::Io { doing: "make snapshot", path: state.path(), source: errno.into() }.into())
     };
     Ok(HostCut { disks, run: Arc::new(run) })
-}
-
-async fn btrfs(arguments: &[&str], path: &Path) -> Result<()> {
-    let mut command = Command::new("btrfs");
-    command.args(arguments).arg("--").arg(path).stdin(Stdio::null()).kill_on_drop(true);
-    let failed = |output: String| DriverError::Tool { tool: "btrfs", output };
-    match tokio::time::timeout(DELETE_TIMEOUT, command.output()).await {
-        Ok(Ok(output)) if output.status.success() => Ok(()),
-        Ok(Ok(output)) => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
-        Ok(Err(error)) => Err(failed(error.to_string())),
-        Err(_) => Err(failed(format!("no end after {DELETE_TIMEOUT:?}"))),
-    }
 }

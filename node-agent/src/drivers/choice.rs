@@ -1,16 +1,17 @@
 //! Which driver takes which disk. Pure: the same answer for the VMTarget's report and for a snapshot.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::ClassDriver;
 
-use super::{DiskFacts, DriverError, SnapshotDriver, Verdict, find, registry};
+use super::{DiskFacts, DriverError, Drivers, SnapshotDriver, Verdict};
 
 /// A driver with its class parameters.
 pub struct Candidate {
     /// The driver.
-    pub driver: Box<dyn SnapshotDriver>,
+    pub driver: Arc<dyn SnapshotDriver>,
     /// Its parameters.
     pub parameters: BTreeMap<String, String>,
 }
@@ -43,19 +44,19 @@ impl ClassError {
     }
 }
 
-/// The drivers that a class allows, best first; the registry's order when it names none.
-pub fn candidates(class: &[ClassDriver]) -> Result<Vec<Candidate>, ClassError> {
+/// The drivers that a class allows, best first; the agent's own order when it names none.
+pub fn candidates(class: &[ClassDriver], drivers: &Drivers) -> Result<Vec<Candidate>, ClassError> {
     if class.is_empty() {
-        let all = registry().into_iter();
+        let all = drivers.iter().cloned();
         return Ok(all.map(|driver| Candidate { driver, parameters: BTreeMap::new() }).collect());
     }
-    class.iter().map(candidate).collect()
+    class.iter().map(|entry| candidate(entry, drivers)).collect()
 }
 
-fn candidate(entry: &ClassDriver) -> Result<Candidate, ClassError> {
+fn candidate(entry: &ClassDriver, drivers: &Drivers) -> Result<Candidate, ClassError> {
     let name = entry.name.as_str();
-    let known = || registry().iter().map(|driver| driver.name()).collect::<Vec<_>>().join(", ");
-    let driver = find(name).ok_or_else(|| ClassError::UnknownDriver(name.to_owned(), known()))?;
+    let known = || drivers.iter().map(|driver| driver.name()).collect::<Vec<_>>().join(", ");
+    let driver = drivers.find(name).cloned().ok_or_else(|| ClassError::UnknownDriver(name.to_owned(), known()))?;
     driver
         .check_parameters(&entry.parameters)
         .map_err(|source| ClassError::Parameters { driver: name.to_owned(), source: Box::new(source) })?;
@@ -84,7 +85,7 @@ mod tests {
             source: "/images/a".into(),
             path: Ok("/images/a".into()),
             filesystem: None,
-            chain: Ok(()),
+            chain: Err("not looked at".into()),
             encrypted: false,
             has_bitmaps: false,
         }
@@ -100,23 +101,23 @@ mod tests {
 
     #[test]
     fn the_first_driver_that_can_takes_the_disk() {
-        let candidates = candidates(&class(&["overlay", "copy"])).unwrap();
+        let candidates = candidates(&class(&["overlay", "copy"]), &Drivers::default()).unwrap();
         assert_eq!(choose(&disk("qcow2"), &candidates).unwrap().0.driver.name(), "overlay");
         assert_eq!(choose(&disk("raw"), &candidates).unwrap().0.driver.name(), "copy");
     }
 
     #[test]
     fn a_disk_that_no_driver_can_take_is_refused_with_each_drivers_reason() {
-        let candidates = candidates(&class(&["overlay"])).unwrap();
+        let candidates = candidates(&class(&["overlay"]), &Drivers::default()).unwrap();
         let refusal = choose(&disk("raw"), &candidates).err().unwrap();
         assert!(refusal.starts_with("overlay: ") && refusal.contains("raw"), "{refusal}");
     }
 
     #[test]
     fn an_unknown_driver_and_a_bad_parameter_are_told_apart() {
-        assert_eq!(candidates(&class(&["zfs"])).err().unwrap().reason(), reasons::UNKNOWN_DRIVER);
+        assert_eq!(candidates(&class(&["zfs"]), &Drivers::default()).err().unwrap().reason(), reasons::UNKNOWN_DRIVER);
         let mut bad = class(&["copy"]);
         bad[0].parameters.insert("colour".into(), "red".into());
-        assert_eq!(candidates(&bad).err().unwrap().reason(), reasons::INVALID_PARAMETER);
+        assert_eq!(candidates(&bad, &Drivers::default()).err().unwrap().reason(), reasons::INVALID_PARAMETER);
     }
 }

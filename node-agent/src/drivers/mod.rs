@@ -10,6 +10,8 @@ pub mod copy;
 pub mod jobs;
 pub mod overlay;
 pub mod reflink;
+mod tool;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -26,6 +28,7 @@ use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::graph::HandOverError;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 use crate::hypervisor::qcow2::HeaderError;
+pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.
 #[must_use]
@@ -33,10 +36,34 @@ pub fn registry() -> Vec<Box<dyn SnapshotDriver>> {
     vec![Box::new(reflink::Reflink), Box::new(btrfs::Btrfs), Box::new(overlay::Overlay), Box::new(copy::Copy)]
 }
 
-/// The driver of that name.
-#[must_use]
-pub fn find(name: &str) -> Option<Box<dyn SnapshotDriver>> {
-    registry().into_iter().find(|driver| driver.name() == name)
+/// The drivers that an agent works with, best first.
+#[derive(Clone)]
+pub struct Drivers(Vec<Arc<dyn SnapshotDriver>>);
+
+impl Default for Drivers {
+    /// All of [`registry`].
+    fn default() -> Self {
+        Self::new(registry())
+    }
+}
+
+impl Drivers {
+    /// These drivers and no others.
+    #[must_use]
+    pub fn new(drivers: Vec<Box<dyn SnapshotDriver>>) -> Self {
+        Self(drivers.into_iter().map(Arc::from).collect())
+    }
+
+    /// The driver of that name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Arc<dyn SnapshotDriver>> {
+        self.iter().find(|driver| driver.name() == name)
+    }
+
+    /// All of them, best first.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn SnapshotDriver>> {
+        self.0.iter()
+    }
 }
 
 /// What a driver may look at to say whether it can take a disk.
@@ -50,12 +77,34 @@ pub struct DiskFacts {
     pub path: std::result::Result<PathBuf, String>,
     /// The file system that the image is on, where it is a file.
     pub filesystem: Option<Filesystem>,
-    /// Whether every image of its chain is a file beneath an image root; else why not.
-    pub chain: std::result::Result<(), String>,
+    /// The images of its chain, top first, where each is a file beneath an image root; else why not.
+    pub chain: std::result::Result<Vec<ChainImage>, String>,
     /// Whether the image is encrypted.
     pub encrypted: bool,
     /// Whether it has dirty bitmaps that a layer on top would leave behind.
     pub has_bitmaps: bool,
+}
+
+/// One image of a disk's chain, and what a copy of its file would depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChainImage {
+    /// Which image.
+    pub layer: Layer,
+    /// The file system that it is on.
+    pub filesystem: Option<Filesystem>,
+    /// The backing string of its header, where it is qcow2 and has one.
+    pub backing: Option<String>,
+    /// Whether its data is in another file.
+    pub external_data: bool,
+}
+
+/// A file with a disk's data, or a part of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Its path on this node.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: String,
 }
 
 /// Whether a driver can take a disk, and why.
@@ -90,6 +139,9 @@ pub struct DiskTask {
     pub size: u64,
     /// Path of the image on this node, if it has one.
     pub path: Option<PathBuf>,
+    /// The images of its chain, top first; none where they aren't all files on this node.
+    #[serde(default)]
+    pub chain: Vec<Layer>,
     /// The VM, as part of the names of files outside its own directory.
     pub vm: crate::hypervisor::VmKey,
     /// The driver's own record.
@@ -334,50 +386,5 @@ impl DiskTask {
         self.state =
             serde_json::to_value(state).map_err(|source| DriverError::State { disk: self.disk.clone(), source })?;
         Ok(())
-    }
-}
-
-/// Bound of one run of `qemu-img` on an image's metadata.
-const TOOL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
-
-/// Runs `qemu-img` with arguments, an image and what follows it.
-pub(crate) async fn qemu_img(
-    arguments: &[&str],
-    image: &std::path::Path,
-    after: Option<&str>,
-) -> std::result::Result<(), ToolError> {
-    let mut command = tokio::process::Command::new("qemu-img");
-    command.args(arguments).arg(image).args(after).stdin(std::process::Stdio::null()).kill_on_drop(true);
-    let failed = |output: String| ToolError { image: image.to_owned(), output };
-    match tokio::time::timeout(TOOL_TIMEOUT, command.output()).await {
-        Ok(Ok(output)) if output.status.success() => Ok(()),
-        Ok(Ok(output)) => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
-        Ok(Err(error)) => Err(failed(error.to_string())),
-        Err(_) => Err(failed(format!("no end after {TOOL_TIMEOUT:?}"))),
-    }
-}
-
-/// A run of `qemu-img` that failed.
-pub(crate) struct ToolError {
-    image: PathBuf,
-    output: String,
-}
-
-impl ToolError {
-    /// `qemu-img` tells a full disk in words only, so the free space is looked at instead.
-    pub(crate) fn or_no_space(self, directory: &crate::hypervisor::image::ImageDirectory) -> DriverError {
-        const NEARLY_NOTHING: u64 = 1 << 20;
-        match directory.free_bytes() {
-            Ok(free) if free < NEARLY_NOTHING => {
-                DriverError::NoSpace { path: self.image, needed: NEARLY_NOTHING, free }
-            }
-            _ => self.into(),
-        }
-    }
-}
-
-impl From<ToolError> for DriverError {
-    fn from(error: ToolError) -> Self {
-        Self::Tool { tool: "qemu-img", output: error.output }
     }
 }

@@ -4,35 +4,44 @@
 //! the clone takes what is in the host's page cache too. Images below the top are not written while the VM runs, so
 //! their clones are made before the window. A clone that backs onto another image is pointed at that image's clone
 //! afterwards: later merges into the original chain can't touch it.
+//!
+//! Until it is complete a clone is called `….partial`: under that name everything is ours to overwrite and unlink.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{IFlags, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Removal, Result, SnapshotDriver, Verdict};
-use super::{qemu, qemu_img};
+use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Layer, Removal, Result};
+use super::{SnapshotDriver, Verdict, qemu_img, verify};
 use crate::hypervisor::Vm;
-use crate::hypervisor::disks::path_of;
 use crate::hypervisor::filesystem::Filesystem;
-use crate::hypervisor::graph::{node_files, working_directory};
-use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
-use crate::hypervisor::qcow2::read_header;
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
+
+/// Formats whose images are one file, so that a clone of the file is a clone of the image.
+const ONE_FILE: [&str; 7] = ["raw", "qcow2", "qed", "vdi", "vpc", "vhdx", "luks"];
+/// Formats whose backing string `qemu-img` can change.
+const REBASED: [&str; 2] = ["qcow2", "qed"];
 
 /// The driver.
 pub struct Reflink;
 
 /// The images of one disk, top first.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct State {
     images: Vec<Image>,
+}
+
+impl State {
+    fn top(&self) -> Result<&Image> {
+        self.images.first().ok_or_else(|| DriverError::Verify("the disk has no file".into()))
+    }
 }
 
 /// An image and its clone, which lies beside it.
@@ -41,14 +50,27 @@ struct Image {
     source: PathBuf,
     format: String,
     clone: PathBuf,
+    /// The clone's file, once made.
+    id: Option<FileId>,
 }
 
 impl Image {
-    fn new(source: PathBuf, format: &str, id: &str) -> Self {
-        let mut clone = source.clone().into_os_string();
-        clone.push(format!(".vmsnap-{id}"));
-        Self { source, format: format.to_owned(), clone: clone.into() }
+    /// Two disks may share an image below the top, so each disk's clone of it has a name of its own.
+    fn new(depth: usize, layer: &Layer, task: &DiskTask) -> Self {
+        let suffix = if depth == 0 { String::new() } else { format!("-{}", task.index) };
+        let clone = appended(&layer.path, &format!(".vmsnap-{}{suffix}", task.id));
+        Self { source: layer.path.clone(), format: layer.format.clone(), clone, id: None }
     }
+
+    fn partial(&self) -> PathBuf {
+        appended(&self.clone, ".partial")
+    }
+}
+
+fn appended(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
 }
 
 #[async_trait]
@@ -62,36 +84,43 @@ impl SnapshotDriver for Reflink {
     }
 
     fn can_take(&self, disk: &DiskFacts, _: &BTreeMap<String, String>) -> Verdict {
-        match (&disk.filesystem, &disk.chain) {
-            (_, Err(why)) => Verdict::Unusable(why.clone()),
-            (Some(Filesystem::Xfs), Ok(())) => Verdict::Usable("file on XFS: a clone that shares its data".into()),
-            (Some(Filesystem::Btrfs { .. }), Ok(())) => {
-                Verdict::Usable("file on btrfs: a clone that shares its data".into())
-            }
-            _ => Verdict::Unusable("the image's file system can't share data between files".into()),
+        let images = match &disk.chain {
+            Ok(images) => images,
+            Err(why) => return Verdict::Unusable(why.clone()),
+        };
+        let below = images.len().saturating_sub(1);
+        for (depth, image) in images.iter().enumerate() {
+            let (path, format) = (image.layer.path.display(), image.layer.format.as_str());
+            let shares = matches!(image.filesystem, Some(Filesystem::Xfs | Filesystem::Btrfs { .. }));
+            let why = match () {
+                () if !shares => "is on a file system that can't share data between files",
+                () if image.external_data => "has its data in another file",
+                () if !ONE_FILE.contains(&format) => "has a format whose images may be several files",
+                () if depth < below && !REBASED.contains(&format) => "has a format whose backing file can't be changed",
+                () => continue,
+            };
+            return Verdict::Unusable(format!("{path} {why}"));
         }
+        Verdict::Usable("file on XFS or btrfs: a clone that shares its data".into())
     }
 
     fn plan(&self, task: &mut DiskTask, _: &BlockGraph, _: &ImageRoots) -> Result<()> {
-        let top = task.path.clone().ok_or_else(|| DriverError::Verify("the disk has no file".into()))?;
-        task.set_state(&State { images: vec![Image::new(top, &task.format, &task.id)] })
+        let images = task.chain.iter().enumerate().map(|(depth, layer)| Image::new(depth, layer, task)).collect();
+        let state = State { images };
+        state.top()?;
+        task.set_state(&state)
     }
 
-    async fn prepare(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
-        let state = State { images: chain(vm, roots, task).await? };
+    async fn prepare(&self, _: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
+        let (mut state, roots): (State, _) = (task.state()?, roots.clone());
+        // Cloning writes out what is dirty: that may take a while, and other VMs' windows must not wait for it.
+        let made = tokio::task::spawn_blocking(move || {
+            let made = state.images.iter_mut().try_for_each(|image| make_clone(&roots, image));
+            (state, made)
+        });
+        let (state, made) = made.await.map_err(|error| DriverError::NotNow(error.to_string()))?;
         task.set_state(&state)?;
-        for (below, image) in state.images.iter().enumerate() {
-            let (directory, name) = roots.directory_of(&image.clone)?;
-            directory.unlink(&name)?;
-            create(&directory, &name)?;
-            directory.copy_ownership(&name, &directory, file_name(&image.source)?)?;
-            if below > 0 {
-                clone_image(roots, image)?;
-            } else {
-                probe(roots, image)?;
-            }
-        }
-        Ok(())
+        made
     }
 
     fn cut(&self, group: &[&DiskTask], roots: &ImageRoots) -> Result<Cut> {
@@ -105,18 +134,11 @@ impl SnapshotDriver for Reflink {
 
     async fn complete(&self, _: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let state: State = task.state()?;
-        for pair in state.images.windows(2) {
-            let [image, below] = pair else { continue };
-            let arguments = ["rebase", "-u", "-f", &image.format, "-F", &below.format, "-b", file_name(&below.clone)?];
-            qemu_img(&arguments, &image.clone, None).await?;
+        for (depth, image) in state.images.iter().enumerate().rev() {
+            finish(roots, image, state.images.get(depth + 1)).await?;
         }
-        for image in &state.images {
-            let (directory, name) = roots.directory_of(&image.clone)?;
-            directory.sync_file(&name)?;
-            directory.sync()?;
-        }
-        let top = state.images.first().ok_or_else(|| DriverError::Verify("the disk has no image".into()))?;
-        verify(roots, top, task)?;
+        let top = state.top()?;
+        verify::image(roots, &top.clone, &top.format, task)?;
         task.artifact = Some(Artifact { handle: top.clone.clone(), format: top.format.clone() });
         Ok(())
     }
@@ -128,22 +150,13 @@ impl SnapshotDriver for Reflink {
         let state: State = task.state()?;
         for image in &state.images {
             let (directory, name) = env.roots.directory_of(&image.clone)?;
-            directory.unlink(&name)?;
+            directory.unlink(file_name(&image.partial())?)?;
+            if image.id.is_some() && image.id == directory.id(&name)? {
+                directory.unlink(&name)?;
+            }
         }
         Ok(Removal::Done)
     }
-}
-
-/// All images of a disk by the names that lead to them now.
-async fn chain(vm: &Vm, roots: &ImageRoots, task: &DiskTask) -> Result<Vec<Image>> {
-    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    let cwd = working_directory(vm.qmp_identity().peer_pid);
-    let files = node_files(vm.qmp(), &graph, roots, cwd.as_deref()).await.map_err(qemu("read QEMU's descriptors"))?;
-    let image = |node: &freezeframe_qemu::Node| {
-        let path = path_of(files.of(node), roots).map_err(DriverError::NotNow)?;
-        Ok(Image::new(path, &node.driver, &task.id))
-    };
-    graph.chain(&task.node).into_iter().map(image).collect()
 }
 
 fn file_name(path: &Path) -> Result<&str> {
@@ -151,36 +164,55 @@ fn file_name(path: &Path) -> Result<&str> {
     name.ok_or_else(|| ImageError::NotAFilePath(path.to_owned()).into())
 }
 
-fn create(directory: &ImageDirectory, name: &str) -> Result<OwnedFd> {
-    Ok(directory.create(name, Mode::from_raw_mode(0o600))?)
-}
-
-/// Both ends of a clone, opened.
-fn ends(roots: &ImageRoots, image: &Image) -> Result<(OwnedFd, OwnedFd)> {
-    let (source, source_name) = roots.directory_of(&image.source)?;
-    let (target, target_name) = roots.directory_of(&image.clone)?;
-    Ok((source.open(&source_name, OFlags::RDONLY)?, target.open(&target_name, OFlags::RDWR)?))
-}
-
-fn clone_image(roots: &ImageRoots, image: &Image) -> Result<()> {
+/// Makes the clone and fills it: of the top image only to see that it can be done.
+fn make_clone(roots: &ImageRoots, image: &mut Image) -> Result<()> {
+    let (directory, name) = roots.directory_of(&image.clone)?;
+    let (source, partial) = (file_name(&image.source)?, image.partial());
+    let partial = file_name(&partial)?;
+    if image.id.is_none() || image.id != directory.id(partial)? {
+        if directory.names()?.contains(&name) {
+            return Err(DriverError::NotNow(format!("{} is there already", image.clone.display())));
+        }
+        directory.unlink(partial)?;
+        let made = directory.create(partial, Mode::from_raw_mode(0o600))?;
+        image.id = directory.id(partial)?;
+        copy_attributes(&directory, source, &made).map_err(|errno| ImageError::Io {
+            doing: "give attributes to",
+            path: image.partial(),
+            source: errno.into(),
+        })?;
+        directory.copy_ownership(partial, &directory, source)?;
+    }
     let (source, target) = ends(roots, image)?;
     share(&source, &target, image)
 }
 
-/// Fails now, outside the window, where the file system turns out not to share data after all.
-fn probe(roots: &ImageRoots, image: &Image) -> Result<()> {
-    clone_image(roots, image)
+/// btrfs shares data only between files that are both copied on write or both not.
+fn copy_attributes(directory: &ImageDirectory, source: &str, made: &OwnedFd) -> std::result::Result<(), Errno> {
+    let Ok(source) = directory.open(source, OFlags::RDONLY) else { return Err(Errno::NOENT) };
+    let wanted = rustix::fs::ioctl_getflags(&source)? & IFlags::NOCOW;
+    let found = rustix::fs::ioctl_getflags(made)?;
+    if found & IFlags::NOCOW == wanted {
+        return Ok(());
+    }
+    rustix::fs::ioctl_setflags(made, (found - IFlags::NOCOW) | wanted)
+}
+
+/// Both ends of a clone, opened.
+fn ends(roots: &ImageRoots, image: &Image) -> Result<(OwnedFd, OwnedFd)> {
+    let (directory, source) = roots.directory_of(&image.source)?;
+    let partial = image.partial();
+    Ok((directory.open(&source, OFlags::RDONLY)?, directory.open(file_name(&partial)?, OFlags::RDWR)?))
 }
 
 fn share(source: &OwnedFd, target: &OwnedFd, image: &Image) -> Result<()> {
-    rustix::fs::ioctl_ficlone(target, source).map_err(|errno: Errno| {
-        ImageError::Io { doing: "clone into", path: image.clone.clone(), source: errno.into() }.into()
-    })
+    rustix::fs::ioctl_ficlone(target, source)
+        .map_err(|errno| ImageError::Io { doing: "clone into", path: image.partial(), source: errno.into() }.into())
 }
 
 fn host_cut(task: &DiskTask, roots: &ImageRoots) -> Result<HostCut> {
     let state: State = task.state()?;
-    let top = state.images.first().cloned().ok_or_else(|| DriverError::Verify("the disk has no image".into()))?;
+    let top = state.top()?.clone();
     let (source, target) = ends(roots, &top)?;
     // QEMU's `stop` flushes but says nothing of a flush that failed; this one does.
     let run = move || {
@@ -194,20 +226,24 @@ fn host_cut(task: &DiskTask, roots: &ImageRoots) -> Result<HostCut> {
     Ok(HostCut { disks: vec![task.disk.clone()], run: Arc::new(run) })
 }
 
-/// The clone is what its format and the disk's size say; a raw image has no header to look at.
-fn verify(roots: &ImageRoots, top: &Image, task: &DiskTask) -> Result<()> {
-    let (directory, name) = roots.directory_of(&top.clone)?;
-    let mut file = File::from(directory.open(&name, OFlags::RDONLY)?);
-    let size = match top.format.as_str() {
-        "qcow2" => {
-            let header = read_header(&mut file);
-            header.map_err(|source| DriverError::Header { path: top.clone.clone(), source })?.virtual_size
-        }
-        "raw" => file.metadata().map(|found| found.len()).unwrap_or_default().next_multiple_of(512),
-        _ => task.size,
-    };
-    if size == task.size {
+/// Points a clone at the clone below it and gives it its name, unless that was done before.
+async fn finish(roots: &ImageRoots, image: &Image, below: Option<&Image>) -> Result<()> {
+    let (directory, name) = roots.directory_of(&image.clone)?;
+    if image.id.is_some() && directory.id(&name)? == image.id {
         return Ok(());
     }
-    Err(DriverError::Verify(format!("disk {}: the clone has {size} bytes, not {}", task.disk, task.size)))
+    let partial = image.partial();
+    if let Some(below) = below {
+        // Relative where it can be: the images may be moved together.
+        let beside = below.clone.parent() == image.clone.parent();
+        let backing = if beside { Path::new(file_name(&below.clone)?) } else { &below.clone };
+        let backing = backing.to_str().ok_or_else(|| ImageError::NotAFilePath(below.clone.clone()))?;
+        qemu_img(&["rebase", "-u", "-f", &image.format, "-F", &below.format, "-b", backing], &partial, None).await?;
+    } else if image.format == "qcow2" {
+        // Whatever its header says: the VM runs with nothing below it.
+        qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", ""], &partial, None).await?;
+    }
+    let partial = file_name(&partial)?;
+    directory.sync_file(partial)?;
+    Ok(directory.rename_new(partial, &name)?)
 }

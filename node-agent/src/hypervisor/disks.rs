@@ -1,16 +1,19 @@
 //! The disks of a running VM, as drivers and users want to know them.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use freezeframe_qemu::{BlockGraph, Disk, Error as QemuError, Node};
+use rustix::fs::OFlags;
 use serde::Deserialize;
 use serde_json::json;
 
 use super::filesystem::Filesystem;
 use super::graph::{NodeFile, NodeFiles, node_files, working_directory};
 use super::image::ImageRoots;
+use super::qcow2::{Header, read_header};
 use super::{QMP_TIMEOUT, Vm};
-use crate::drivers::DiskFacts;
+use crate::drivers::{ChainImage, DiskFacts, Layer};
 
 /// One disk of a running VM.
 #[derive(Clone, Debug)]
@@ -62,8 +65,8 @@ fn found_disk(disk: &Disk, node: &Node, files: &NodeFiles, graph: &BlockGraph, r
         facts: DiskFacts {
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),
-            filesystem: path.as_ref().ok().and_then(|path| Filesystem::of(path)),
-            chain: chain_of(node, graph, files),
+            filesystem: path.as_ref().ok().and_then(|path| Filesystem::of(path, roots)),
+            chain: chain_of(node, graph, files, roots),
             path,
             encrypted: node.encrypted || disk.encrypted,
             has_bitmaps: !node.dirty_bitmaps.is_empty(),
@@ -71,17 +74,32 @@ fn found_disk(disk: &Disk, node: &Node, files: &NodeFiles, graph: &BlockGraph, r
     }
 }
 
-/// Whether every image of a chain is a file that we may touch.
-fn chain_of(top: &Node, graph: &BlockGraph, files: &NodeFiles) -> Result<(), String> {
-    for node in graph.chain(&top.name) {
-        match files.of(node) {
-            Some(NodeFile::Pinned { .. } | NodeFile::Named { .. }) => {}
-            Some(NodeFile::Stale) => return Err(format!("QEMU's name for image {} leads to another file", node.file)),
-            Some(NodeFile::Foreign { why }) => return Err(why.clone()),
-            None => return Err(format!("image {} isn't a file", node.file)),
-        }
-    }
-    Ok(())
+/// The images of a disk, top first, if each is a file that we may touch.
+fn chain_of(top: &Node, graph: &BlockGraph, files: &NodeFiles, roots: &ImageRoots) -> Result<Vec<ChainImage>, String> {
+    let image = |node: &Node| {
+        let path = path_of(files.of(node), roots).map_err(|why| format!("image {}: {why}", node.file))?;
+        chain_image(path, &node.driver, roots)
+    };
+    graph.chain(&top.name).into_iter().map(image).collect()
+}
+
+fn chain_image(path: PathBuf, format: &str, roots: &ImageRoots) -> Result<ChainImage, String> {
+    let header = match format {
+        "qcow2" => Some(header_of(&path, roots)?),
+        _ => None,
+    };
+    Ok(ChainImage {
+        filesystem: Filesystem::of(&path, roots),
+        external_data: header.as_ref().is_some_and(|header| header.external_data),
+        backing: header.and_then(|header| header.backing),
+        layer: Layer { path, format: format.to_owned() },
+    })
+}
+
+fn header_of(path: &Path, roots: &ImageRoots) -> Result<Header, String> {
+    let file = roots.directory_of(path).and_then(|(directory, name)| directory.open(&name, OFlags::RDONLY));
+    let file = file.map_err(|error| error.to_string())?;
+    read_header(&mut File::from(file)).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// The path under which the file is found now; a pinned one is looked up by what it is.

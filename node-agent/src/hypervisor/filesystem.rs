@@ -3,6 +3,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::image::ImageRoots;
+
 const BTRFS_MAGIC: i64 = 0x9123_683e;
 const XFS_MAGIC: i64 = 0x5846_5342;
 /// Inode of every subvolume's root directory.
@@ -15,8 +17,8 @@ pub enum Filesystem {
     Xfs,
     /// btrfs, with the subvolume that the image is in.
     Btrfs {
-        /// Root directory of the subvolume.
-        subvolume: PathBuf,
+        /// Root directory of the subvolume; none where it isn't beneath an image root.
+        subvolume: Option<PathBuf>,
     },
     /// Another one, which can't share data between files.
     Other,
@@ -25,11 +27,13 @@ pub enum Filesystem {
 impl Filesystem {
     /// Looks at the file system of an image; none if it can't be examined.
     #[must_use]
-    pub fn of(image: &Path) -> Option<Self> {
+    pub fn of(image: &Path, roots: &ImageRoots) -> Option<Self> {
         let found = rustix::fs::statfs(image).ok()?;
         match found.f_type {
             XFS_MAGIC => Some(Self::Xfs),
-            BTRFS_MAGIC => subvolume_of(image).map(|subvolume| Self::Btrfs { subvolume }),
+            BTRFS_MAGIC => {
+                Some(Self::Btrfs { subvolume: subvolume_of(image).filter(|root| roots.directory(root).is_ok()) })
+            }
             _ => Some(Self::Other),
         }
     }

@@ -52,7 +52,8 @@ pub async fn open(sessions: &Sessions, order: &Order) -> Result<Vm, Failure> {
 
 /// Finds the disks and chooses a driver for each.
 pub async fn accept(sessions: &Sessions, order: &Order, vm: &Vm) -> Result<Accepted, Failure> {
-    let candidates = candidates(&order.drivers).map_err(|error| Failure::refused(error.reason(), chain(&error)))?;
+    let candidates = candidates(&order.drivers, &sessions.drivers)
+        .map_err(|error| Failure::refused(error.reason(), chain(&error)))?;
     let running = check_state(order, vm).await?;
     let Disks { found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
     let wanted = select(order, found, &out_of_reach)?;
@@ -125,6 +126,7 @@ fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate])
         format: disk.facts.format.clone(),
         size: disk.size,
         path: disk.facts.path.clone().ok(),
+        chain: disk.facts.chain.iter().flatten().map(|image| image.layer.clone()).collect(),
         vm: order.vm.clone(),
         state: serde_json::Value::Null,
         artifact: None,

@@ -18,6 +18,7 @@
 
 mod accept;
 mod flush;
+mod host_cuts;
 pub mod journal;
 pub mod order;
 pub mod outcome;
@@ -32,7 +33,7 @@ use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::crash;
-use crate::drivers::{self, Cut, DiskTask};
+use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 use journal::{Journal, JournalError, SessionRecord, Stage};
@@ -50,6 +51,8 @@ pub struct Sessions {
     pub guard: Guard,
     /// The records.
     pub journal: Journal,
+    /// What takes the disks.
+    pub drivers: Drivers,
 }
 
 /// What a session asks and tells while it runs.
@@ -67,6 +70,15 @@ pub enum Turn {
 }
 
 impl Sessions {
+    fn driver(&self, task: &DiskTask) -> Result<&dyn SnapshotDriver, Failure> {
+        let unknown = || Failure::new(reasons::UNKNOWN_DRIVER, format!("this agent has no driver `{}`", task.driver));
+        self.drivers.find(&task.driver).map(AsRef::as_ref).ok_or_else(unknown)
+    }
+
+    fn is_instant(&self, task: &DiskTask) -> bool {
+        self.drivers.find(&task.driver).is_some_and(|driver| driver.is_instant())
+    }
+
     /// Takes a snapshot, or goes on with one that was interrupted, until there is something to report.
     pub async fn advance(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
         let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress).await };
@@ -85,7 +97,9 @@ impl Sessions {
     async fn begin(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
         let mut record = SessionRecord::nothing(order);
         match self.cut(&mut record, progress).await {
-            Ok(()) if record.tasks.iter().all(is_instant) => self.complete(&mut record, progress).await,
+            Ok(()) if record.tasks.iter().all(|task| self.is_instant(task)) => {
+                self.complete(&mut record, progress).await
+            }
             Ok(()) => Ok(Turn::Report(Box::new(outcome::cut(&record)))),
             Err(failure) => self.fail(&mut record, &failure).await,
         }
@@ -99,13 +113,13 @@ impl Sessions {
         let accepted = accept::accept(self, &order, &vm).await?;
         record.tasks = accepted.tasks;
         for task in &mut record.tasks {
-            driver(task)?.plan(task, &accepted.graph, &self.roots)?;
+            self.driver(task)?.plan(task, &accepted.graph, &self.roots)?;
         }
         self.journal.save(record)?;
         crash::point("planned");
         for at in 0..record.tasks.len() {
             let task = &mut record.tasks[at];
-            let prepared = driver(task)?.prepare(&vm, &self.roots, task).await;
+            let prepared = self.driver(task)?.prepare(&vm, &self.roots, task).await;
             self.journal.save(record)?;
             prepared?;
         }
@@ -114,7 +128,7 @@ impl Sessions {
         flush::flush(&mut vm, &record.tasks, freeze.is_some()).await;
         still_wanted(&order, progress)?;
         accept::unchanged(self, &vm, &record.tasks).await?;
-        let plan = plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause, &self.roots)?;
+        let plan = self.plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause)?;
         let measured = self.window(&mut vm, &order, &plan).await?;
         check_level(&order, &measured, &plan)?;
         record.measured = Some(measured);
@@ -122,6 +136,33 @@ impl Sessions {
         self.journal.save(record)?;
         crash::point("recorded");
         Ok(())
+    }
+
+    /// What the window does to all disks.
+    fn plan(
+        &self,
+        tasks: &[DiskTask],
+        order: &Order,
+        freeze: Option<Freeze>,
+        running: bool,
+        needs_pause: bool,
+    ) -> Result<Plan, Failure> {
+        let mut pause = needs_pause || freeze.is_none() || order.pause == Pause::Always;
+        let mut all = Cut::default();
+        for driver in self.drivers.iter() {
+            let group: Vec<_> = tasks.iter().filter(|task| task.driver == driver.name()).collect();
+            if group.is_empty() {
+                continue;
+            }
+            pause |= driver.needs_pause();
+            let cut = driver.cut(&group, &self.roots)?;
+            all.actions.extend(cut.actions);
+            all.exchanges.extend(cut.exchanges);
+            all.host.extend(cut.host);
+        }
+        let Cut { actions, exchanges, host } = all;
+        let id = order.uid.clone();
+        Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges, host })
     }
 
     /// The window, and a second one without a freeze where that was all that failed and the order allows it.
@@ -157,7 +198,7 @@ impl Sessions {
                 return Err(Failure::cancelled());
             }
             let task = &mut record.tasks[at];
-            let completed = driver(task)?.complete(&vm, &self.roots, task).await;
+            let completed = self.driver(task)?.complete(&vm, &self.roots, task).await;
             self.journal.save(record)?;
             completed.map_err(|error| Failure::after_cut(&error))?;
         }
@@ -200,15 +241,6 @@ impl IntoBoxed for Option<VMSnapshotContentStatus> {
     }
 }
 
-fn driver(task: &DiskTask) -> Result<Box<dyn drivers::SnapshotDriver>, Failure> {
-    let unknown = || Failure::new(reasons::UNKNOWN_DRIVER, format!("this agent has no driver `{}`", task.driver));
-    drivers::find(&task.driver).ok_or_else(unknown)
-}
-
-fn is_instant(task: &DiskTask) -> bool {
-    drivers::find(&task.driver).is_some_and(|driver| driver.is_instant())
-}
-
 fn still_wanted(order: &Order, progress: &dyn Progress) -> Result<(), Failure> {
     if progress.cancelled() {
         return Err(Failure::cancelled());
@@ -218,32 +250,6 @@ fn still_wanted(order: &Order, progress: &dyn Progress) -> Result<(), Failure> {
         return Err(Failure::new(reasons::DEADLINE_EXCEEDED, message));
     }
     Ok(())
-}
-
-fn plan(
-    tasks: &[DiskTask],
-    order: &Order,
-    freeze: Option<Freeze>,
-    running: bool,
-    needs_pause: bool,
-    roots: &ImageRoots,
-) -> Result<Plan, Failure> {
-    let mut pause = needs_pause || freeze.is_none() || order.pause == Pause::Always;
-    let mut all = Cut::default();
-    for driver in drivers::registry() {
-        let group: Vec<_> = tasks.iter().filter(|task| task.driver == driver.name()).collect();
-        if group.is_empty() {
-            continue;
-        }
-        pause |= driver.needs_pause();
-        let cut = driver.cut(&group, roots)?;
-        all.actions.extend(cut.actions);
-        all.exchanges.extend(cut.exchanges);
-        all.host.extend(cut.host);
-    }
-    let Cut { actions, exchanges, host } = all;
-    let id = order.uid.clone();
-    Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges, host })
 }
 
 /// The level that a window proved: every frozen file system was still frozen when it was thawed, and none was missed.

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use freezeframe_api::v1alpha1::{DeletionPolicy, VMSnapshotContentStatus};
 
+use super::Sessions;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::order::Order;
 use super::outcome::{self, chain};
 use super::window::{self, WindowError};
-use super::{Sessions, driver};
 use crate::drivers::{DriverError, Env, Removal, Sibling};
 use crate::hypervisor::{OpenError, Vm};
 
@@ -122,7 +122,7 @@ impl Sessions {
     ) -> Result<(), RemovalError> {
         let disk = record.tasks[at].disk.clone();
         let name = record.tasks[at].driver.clone();
-        let driver = driver(&record.tasks[at]).map_err(|_| RemovalError::UnknownDriver(name))?;
+        let driver = self.drivers.find(&name).ok_or(RemovalError::UnknownDriver(name))?;
         for _ in 0..MOST_STEPS {
             let mut vm = self.open_if_running(&record.order).await?;
             let siblings = self.siblings(&record.order)?;
@@ -179,7 +179,7 @@ impl Sessions {
             let tasks = other.tasks.iter_mut().filter(|task| handle(task) == Some(from));
             let mut changed = false;
             for task in tasks {
-                if let Some(driver) = crate::drivers::find(&task.driver) {
+                if let Some(driver) = self.drivers.find(&task.driver) {
                     let followed = driver.follow(task, to, &self.roots);
                     followed.map_err(|source| RemovalError::Follow(Box::new(source)))?;
                     changed = true;

@@ -22,8 +22,10 @@ use freezeframe_guard::{Endpoint, Exchange, Record};
 use freezeframe_qemu::{Error as QemuError, FreezeStatus};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::host_cuts::host_cuts;
 use crate::crash;
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, HostCut, Switch};
@@ -153,6 +155,7 @@ pub async fn run(vm: &mut Vm, guard: &Guard, plan: &Plan) -> Result<Measured, Wi
     crash::point("cut");
     let let_go = hold.let_go(vm, &armed, plan).await;
     crash::point("thawed");
+    hold.await_host_cuts().await;
     // If the guest is free, the obligation ends; a guard that can't be told any more will see that for itself.
     match let_go {
         Ok(()) => armed.disarm().await.unwrap_or_else(|error| tracing::warn!(%error, "the guard was not told")),
@@ -225,6 +228,7 @@ struct Hold {
     paused_for: Duration,
     frozen_for: Option<Duration>,
     thawed: Option<u64>,
+    host: Option<JoinHandle<Result<(), WindowError>>>,
 }
 
 impl Hold {
@@ -256,11 +260,13 @@ impl Hold {
         self.cut_sent = true;
         let sent = Instant::now();
         // Started first: a blocking thread takes a moment to start, and the transaction is quick.
-        let host = tokio::spawn(host_cuts(plan.host.clone()));
+        let host = self.host.insert(tokio::spawn(host_cuts(plan.host.clone())));
         if !plan.actions.is_empty() {
             vm.qmp().transaction(&plan.actions, plan.max_hold).await.map_err(WindowError::Cut)?;
         }
-        host.await.unwrap_or(Err(WindowError::HoldExceeded(plan.max_hold)))?;
+        let made = host.await.unwrap_or(Err(WindowError::HoldExceeded(plan.max_hold)));
+        self.host = None;
+        made?;
         self.cut_at = Some(Timestamp::now());
         self.skew = sent.elapsed();
         crash::point("transaction");
@@ -290,6 +296,16 @@ impl Hold {
             vm.pause(armed, plan.max_hold).await.map_err(WindowError::Pause)?;
         }
         Ok(())
+    }
+
+    /// A cut outside QEMU can't be stopped once it runs. What it makes must be there before anybody takes it back.
+    async fn await_host_cuts(&mut self) {
+        let Some(host) = self.host.take() else { return };
+        match host.await {
+            Ok(Ok(())) => tracing::warn!("a cut outside QEMU was made too late"),
+            Ok(Err(error)) => tracing::warn!(%error, "a cut outside QEMU failed"),
+            Err(error) => tracing::warn!(%error, "a cut outside QEMU was given up"),
+        }
     }
 
     fn exchange(&mut self, plan: &Plan) -> Result<(), WindowError> {
@@ -346,19 +362,6 @@ impl Hold {
             skew: self.skew,
         }
     }
-}
-
-/// Makes all cuts outside QEMU at once and waits for the last.
-async fn host_cuts(cuts: Vec<HostCut>) -> Result<(), WindowError> {
-    let made = cuts.into_iter().map(|HostCut { disks, run }| {
-        let disks = disks.join(", ");
-        async move {
-            let made = tokio::task::spawn_blocking(move || run()).await;
-            let made = made.unwrap_or_else(|_| Err(DriverError::NotNow("the cut was given up".into())));
-            made.map_err(|error| WindowError::HostCut(disks, Box::new(error)))
-        }
-    });
-    futures::future::try_join_all(made).await.map(drop)
 }
 
 async fn resume(vm: &Vm, armed: &Window) -> Result<(), QemuError> {

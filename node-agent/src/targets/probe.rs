@@ -7,7 +7,7 @@ use freezeframe_api::names::{DiskName, DriverName, NodeName};
 use freezeframe_api::v1alpha1::{AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
-use crate::drivers::{Verdict, registry};
+use crate::drivers::{Drivers, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
 use crate::session::Sessions;
@@ -50,7 +50,7 @@ async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) {
         }
     }
     match disks(vm, &sessions.roots).await {
-        Ok(found) => status.disks = found.found.iter().map(target_disk).collect(),
+        Ok(found) => status.disks = found.found.iter().map(|disk| target_disk(disk, &sessions.drivers)).collect(),
         Err(error) => status.message = Some(format!("the disks can't be read: {}", chain(&error))),
     }
     status.guest_agent = guest_agent(vm, &status.guest_agent).await;
@@ -70,9 +70,9 @@ async fn guest_agent(vm: &mut Vm, before: &GuestAgentStatus) -> GuestAgentStatus
     }
 }
 
-fn target_disk(disk: &FoundDisk) -> TargetDisk {
+fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
     let parameters = std::collections::BTreeMap::new();
-    let choice = |driver: &dyn crate::drivers::SnapshotDriver| {
+    let choice = |driver: &dyn SnapshotDriver| {
         let (usable, message) = match driver.can_take(&disk.facts, &parameters) {
             Verdict::Usable(why) => (true, why),
             Verdict::Unusable(why) => (false, why),
@@ -86,7 +86,7 @@ fn target_disk(disk: &FoundDisk) -> TargetDisk {
         size_bytes: i64::try_from(disk.size).unwrap_or(i64::MAX),
         read_only: disk.read_only,
         chain_depth: i32::try_from(disk.chain_depth).unwrap_or(i32::MAX),
-        drivers: registry().iter().map(|driver| choice(driver.as_ref())).collect(),
+        drivers: drivers.iter().map(|driver| choice(driver.as_ref())).collect(),
     }
 }
 
