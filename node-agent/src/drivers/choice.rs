@@ -84,6 +84,7 @@ mod tests {
             format: format.into(),
             source: "/images/a".into(),
             path: Ok("/images/a".into()),
+            device: Err("not a device".into()),
             filesystem: None,
             chain: Err("not looked at".into()),
             encrypted: false,

@@ -8,6 +8,7 @@ pub mod btrfs;
 pub mod choice;
 pub mod copy;
 pub mod jobs;
+pub mod lvm;
 pub mod overlay;
 pub mod reflink;
 mod tool;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::hypervisor::Vm;
+use crate::hypervisor::device::BlockDevice;
 use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::graph::HandOverError;
 use crate::hypervisor::image::{ImageError, ImageRoots};
@@ -31,9 +33,17 @@ use crate::hypervisor::qcow2::HeaderError;
 pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.
+///
+/// `lvm` is first for thin volumes; a thick one it takes only where a class sets its `size`, so never by default.
 #[must_use]
 pub fn registry() -> Vec<Box<dyn SnapshotDriver>> {
-    vec![Box::new(reflink::Reflink), Box::new(btrfs::Btrfs), Box::new(overlay::Overlay), Box::new(copy::Copy)]
+    vec![
+        Box::new(lvm::Lvm),
+        Box::new(reflink::Reflink),
+        Box::new(btrfs::Btrfs),
+        Box::new(overlay::Overlay),
+        Box::new(copy::Copy),
+    ]
 }
 
 /// The drivers that an agent works with, best first.
@@ -75,6 +85,8 @@ pub struct DiskFacts {
     pub source: String,
     /// Path of the image on this node, where it is a file beneath an image root; else why it isn't.
     pub path: std::result::Result<PathBuf, String>,
+    /// The block device that is the disk's only image; else why there is none.
+    pub device: std::result::Result<BlockDevice, String>,
     /// The file system that the image is on, where it is a file.
     pub filesystem: Option<Filesystem>,
     /// The images of its chain, top first, where each is a file beneath an image root; else why not.

@@ -8,6 +8,7 @@ use rustix::fs::OFlags;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::device::BlockDevice;
 use super::filesystem::Filesystem;
 use super::graph::{NodeFile, NodeFiles, node_files, working_directory};
 use super::image::ImageRoots;
@@ -49,12 +50,20 @@ pub async fn disks(vm: &Vm, roots: &ImageRoots) -> Result<Disks, QemuError> {
     let files = node_files(vm.qmp(), &graph, roots, cwd.as_deref()).await?;
     let found = graph.disks().iter().filter_map(|disk| {
         let node = graph.node(disk.top.as_deref()?)?;
-        Some(found_disk(disk, node, &files, &graph, roots))
+        let device = BlockDevice::of(node, &graph, vm.qmp_identity().peer_pid);
+        Some(found_disk(disk, node, device, &files, &graph, roots))
     });
     Ok(Disks { found: found.collect(), out_of_reach: out_of_reach(vm).await?, graph })
 }
 
-fn found_disk(disk: &Disk, node: &Node, files: &NodeFiles, graph: &BlockGraph, roots: &ImageRoots) -> FoundDisk {
+fn found_disk(
+    disk: &Disk,
+    node: &Node,
+    device: Result<BlockDevice, String>,
+    files: &NodeFiles,
+    graph: &BlockGraph,
+    roots: &ImageRoots,
+) -> FoundDisk {
     let path = path_of(files.of(node), roots);
     FoundDisk {
         name: disk.name(),
@@ -65,6 +74,7 @@ fn found_disk(disk: &Disk, node: &Node, files: &NodeFiles, graph: &BlockGraph, r
         facts: DiskFacts {
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),
+            device,
             filesystem: path.as_ref().ok().and_then(|path| Filesystem::of(path, roots)),
             chain: chain_of(node, graph, files, roots),
             path,

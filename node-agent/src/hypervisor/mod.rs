@@ -4,6 +4,7 @@
 //! there is no value to call them with.
 
 pub mod btrfs;
+pub mod device;
 pub mod disks;
 pub mod filesystem;
 pub mod graph;
