@@ -1,0 +1,235 @@
+//! A VM on logical volumes, a guard and an agent's sessions, all of one test's own.
+
+use std::time::Duration;
+
+use freezeframe_api::names::DriverName;
+use freezeframe_api::v1alpha1::{
+    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus,
+};
+use freezeframe_guard::client::Guard;
+use freezeframe_guard::{Server, StateDir, Timing};
+use freezeframe_node_agent::drivers::lvm::Lvm;
+use freezeframe_node_agent::drivers::{Artifact, DiskTask, Drivers, Env, Removal, SnapshotDriver};
+use freezeframe_node_agent::hypervisor::disks::disks;
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::hypervisor::{Vm, VmKey};
+use freezeframe_node_agent::session::journal::{Journal, SessionRecord};
+use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::{Progress, Sessions, Turn};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use crate::content::Content;
+use crate::machine::Machine;
+use crate::node::{Lv, lvm};
+
+const SOON: Duration = Duration::from_secs(60);
+/// LVM's commands take seconds where they are emulated on a busy machine.
+const HOLD: Duration = Duration::from_secs(60);
+const MOST_STEPS: usize = 8;
+
+pub struct World {
+    machine: Option<Machine>,
+    pub sessions: Sessions,
+    volumes: Vec<Lv>,
+    pub contents: Vec<Content>,
+    epoch: u8,
+    _guard: watch::Sender<bool>,
+    _run: TempDir,
+}
+
+struct NeverCancelled;
+
+impl Progress for NeverCancelled {
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+impl World {
+    /// A running VM on new volumes that read as zeros.
+    pub async fn new(volumes: &[Lv]) -> Self {
+        volumes.iter().for_each(Lv::create);
+        let run = tempfile::tempdir().unwrap();
+        let vm_root = run.path().join("vms");
+        let directory = vm_root.join("shop/db-1");
+        std::fs::create_dir_all(&directory).unwrap();
+        let (stop, stopping) = watch::channel(false);
+        let state = StateDir::open(&run.path().join("guard")).unwrap();
+        let socket = run.path().join("guard.sock");
+        let timing = Timing { silence: Duration::from_secs(30), ..Timing::default() };
+        tokio::spawn(Server::bind(&socket, state, timing, stopping).unwrap().run());
+        let sessions = Sessions {
+            roots: ImageRoots::new(vec![vm_root.clone()]),
+            vm_root,
+            guard: Guard::new(socket),
+            journal: Journal::open(run.path().join("contents")).unwrap(),
+            drivers: Drivers::default(),
+        };
+        let machine = Some(Machine::start(&directory, volumes).await);
+        let contents = vec![Content::default(); volumes.len()];
+        Self { machine, sessions, volumes: volumes.to_vec(), contents, epoch: 0, _guard: stop, _run: run }
+    }
+
+    pub fn machine(&self) -> &Machine {
+        self.machine.as_ref().unwrap()
+    }
+
+    fn key() -> VmKey {
+        VmKey { namespace: "shop".into(), name: "db-1".into() }
+    }
+
+    /// The agent's connection to the VM.
+    pub async fn vm(&self) -> Vm {
+        Vm::open(&self.sessions.vm_root, &Self::key()).await.unwrap()
+    }
+
+    /// The guest writes something new to every disk.
+    pub async fn write(&mut self) {
+        self.epoch += 1;
+        for at in 0..self.volumes.len() {
+            let pattern = self.epoch * 3 + u8::try_from(at).unwrap();
+            for command in self.contents[at].write(pattern) {
+                self.machine().io(&format!("vd{at}"), &command).await;
+            }
+        }
+    }
+
+    /// The guest reads what it wrote last.
+    pub async fn check_guest(&self) {
+        for (at, content) in self.contents.iter().enumerate() {
+            for command in content.reads() {
+                self.machine().io(&format!("vd{at}"), &command).await;
+            }
+        }
+    }
+
+    /// An order for all disks with `lvm` alone.
+    pub fn order(&self, number: u32) -> Order {
+        let parameters = [("size".to_owned(), "100%ORIGIN".to_owned())].into();
+        Order {
+            content: format!("vmsnap-{number}"),
+            uid: format!("{number:08x}-1111-4111-8111-111111111111"),
+            snapshot: ("shop".into(), format!("snapshot-{number}")),
+            vm: Self::key(),
+            drivers: vec![ClassDriver { name: DriverName("lvm".into()), parameters }],
+            required: ConsistencyLevel::Crash,
+            fallback: Fallback::Fail,
+            freeze_timeout: SOON,
+            max_hold: HOLD,
+            mountpoints: vec![],
+            pause: Pause::Auto,
+            include: vec![],
+            exclude: vec![],
+            deadline: Timestamp::now() + SignedDuration::from_secs(600),
+            deletion_policy: DeletionPolicy::Delete,
+            generation: Some(1),
+        }
+    }
+
+    /// Takes a snapshot to its end, good or bad.
+    pub async fn advance(&self, order: &Order) -> VMSnapshotContentStatus {
+        for _ in 0..MOST_STEPS {
+            match self.sessions.advance(order, &NeverCancelled).await.unwrap() {
+                Turn::Over(status) => return *status,
+                Turn::Report(_) => {}
+            }
+        }
+        panic!("the session of {} comes to no end", order.content);
+    }
+
+    /// Takes a snapshot that must be good, and returns what the disks read at the cut.
+    pub async fn snapshot(&self, order: &Order) -> Vec<Content> {
+        let status = self.advance(order).await;
+        assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+        self.contents.clone()
+    }
+
+    pub fn record(&self, order: &Order) -> SessionRecord {
+        self.sessions.journal.load(&order.uid).unwrap().unwrap()
+    }
+
+    pub fn artifacts(&self, order: &Order) -> Vec<Artifact> {
+        self.record(order).tasks.into_iter().map(|task| task.artifact.unwrap()).collect()
+    }
+
+    /// A snapshot's artifacts read as the disks did at its cut.
+    pub fn check_artifacts(&self, order: &Order, contents: &[Content]) {
+        let artifacts = self.artifacts(order);
+        assert_eq!(artifacts.len(), contents.len());
+        for (Artifact { handle, format }, content) in artifacts.iter().zip(contents) {
+            content.check(handle, format).unwrap();
+        }
+    }
+
+    /// Deletes a snapshot and expects it to be gone.
+    pub async fn delete(&self, order: &Order) {
+        let deletion = self.sessions.delete(order).await.unwrap();
+        assert!(deletion.over, "{}: {:?}", order.content, deletion.status.conditions);
+    }
+
+    /// The driver's tasks for all disks, planned and prepared.
+    pub async fn steps(&self, parameters: &[(&str, &str)]) -> Vec<DiskTask> {
+        let vm = self.vm().await;
+        let found = disks(&vm, &self.sessions.roots).await.unwrap();
+        let mut tasks = vec![];
+        for (index, disk) in found.found.into_iter().enumerate() {
+            let mut all = self.order(1).drivers[0].parameters.clone();
+            all.extend(parameters.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+            let mut task = DiskTask {
+                disk: disk.name,
+                driver: "lvm".into(),
+                reason: String::new(),
+                parameters: all,
+                id: "0123456789ab".into(),
+                index,
+                node: disk.node,
+                format: disk.facts.format,
+                size: disk.size,
+                path: None,
+                chain: vec![],
+                vm: Self::key(),
+                state: serde_json::Value::Null,
+                artifact: None,
+            };
+            Lvm.plan(&mut task, &found.graph, &self.sessions.roots).unwrap();
+            Lvm.prepare(&vm, &self.sessions.roots, &mut task).await.unwrap();
+            tasks.push(task);
+        }
+        tasks
+    }
+
+    /// What the window does, without one.
+    pub async fn cut(&self, tasks: &[DiskTask]) {
+        let cut = Lvm.cut(&tasks.iter().collect::<Vec<_>>(), &self.sessions.roots).unwrap();
+        self.machine().monitor.stop(SOON).await.unwrap();
+        for host in &cut.host {
+            (host.run)().unwrap();
+        }
+        self.machine().monitor.cont(SOON).await.unwrap();
+    }
+
+    /// Takes back what tasks made, until nothing is left.
+    pub async fn remove(&self, tasks: &mut [DiskTask]) {
+        let vm = self.vm().await;
+        let env = Env { vm: Some(&vm), roots: &self.sessions.roots, siblings: &[] };
+        for task in tasks {
+            let mut steps = 0..MOST_STEPS;
+            while steps.next().is_some() && !matches!(Lvm.remove(&env, task).await.unwrap(), Removal::Done) {}
+            assert!(!steps.is_empty(), "disk {} is not removed", task.disk);
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // QEMU first, or its volumes are in use.
+        self.machine = None;
+        if !std::thread::panicking() {
+            for volume in &self.volumes {
+                lvm(&format!("lvremove -qq -f {}", volume.path().trim_start_matches("/dev/")));
+            }
+        }
+    }
+}
