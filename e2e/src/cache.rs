@@ -38,6 +38,12 @@ impl Cache {
         self.root.join("guest")
     }
 
+    /// `vmlinuz`, `initrd` and `root.raw` of the node VM.
+    #[must_use]
+    pub fn node_vm(&self) -> PathBuf {
+        self.root.join("node-vm")
+    }
+
     /// A control-plane binary that must be there.
     pub fn binary(&self, name: &str) -> Result<PathBuf> {
         present(self.control_plane().join(name))
@@ -46,6 +52,11 @@ impl Cache {
     /// A file of the guest that must be there.
     pub fn guest_file(&self, name: &str) -> Result<PathBuf> {
         present(self.guest().join(name))
+    }
+
+    /// A file of the node VM that must be there.
+    pub fn node_vm_file(&self, name: &str) -> Result<PathBuf> {
+        present(self.node_vm().join(name))
     }
 }
 

@@ -11,9 +11,11 @@ use super::packages::Apt;
 use super::stamp::Stamp;
 use crate::progress::{capture, root, run, say};
 
-const KERNEL: &str = "linux-image-cloud-amd64";
+/// The metapackage of the kernel that guests and the node VM run.
+pub(super) const KERNEL: &str = "linux-image-cloud-amd64";
 const AGENT: &str = "qemu-guest-agent";
-const BUSYBOX: &str = "busybox-static";
+/// For initramfs.
+pub(super) const BUSYBOX: &str = "busybox-static";
 
 /// Loaded at boot, in this order. File systems besides: the kernel asks for these when they are mounted.
 const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
@@ -57,7 +59,8 @@ fn unpack_packages(scratch: &Path, apt: &mut Apt) -> Result<PathBuf> {
     Ok(unpacked)
 }
 
-fn kernel_release(unpacked: &Path) -> Result<String> {
+/// The release of the one kernel in a tree, whose lists of modules are made.
+pub(super) fn kernel_release(unpacked: &Path) -> Result<String> {
     let modules = unpacked.join("lib/modules");
     let release = std::fs::read_dir(&modules)?.next().context("the kernel package has no modules")??;
     run(Command::new("depmod").arg("-b").arg(unpacked).arg(release.file_name()))?;
@@ -79,16 +82,16 @@ fn assemble(unpacked: &Path, sources: &Path, release: &str, initrd: &Path) -> Re
     tree.copy(&sources.join("init"), "init")?;
     tree.write("etc/modules", &MODULES.join("\n"))?;
     tree.write("etc/os-release", "ID=freezeframe-guest\nPRETTY_NAME=\"Freezeframe test guest\"\n")?;
-    copy_modules(&tree, unpacked, release)?;
+    copy_modules(&tree, unpacked, release, &[MODULES, FILESYSTEM_MODULES].concat())?;
     compile_writer(sources, &tree)?;
     tree.pack(initrd)
 }
 
 /// The modules and all they need, from the `modules.dep` that depmod wrote: `path: path path ...`.
-fn copy_modules(tree: &Initramfs, unpacked: &Path, release: &str) -> Result<()> {
+pub(super) fn copy_modules(tree: &Initramfs, unpacked: &Path, release: &str, modules: &[&str]) -> Result<()> {
     let base = PathBuf::from("lib/modules").join(release);
     let dependencies = std::fs::read_to_string(unpacked.join(&base).join("modules.dep"))?;
-    for module in MODULES.iter().chain(FILESYSTEM_MODULES) {
+    for module in modules {
         let ending = format!("/{module}.ko:");
         let line = dependencies.lines().find(|line| line.split(' ').next().is_some_and(|own| own.ends_with(&ending)));
         let line = line.with_context(|| format!("the kernel package has no module {module}"))?;

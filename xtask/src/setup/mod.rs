@@ -1,8 +1,10 @@
-//! Makes a bare Debian 12 with Rust and Go ready for the end-to-end tests, as root: packages, control plane, guest.
+//! Makes a bare Debian 12 with Rust and Go ready for the end-to-end tests, as root: packages, control plane, guest,
+//! node VM.
 
 mod control_plane;
 mod guest;
 mod initramfs;
+mod node_vm;
 mod packages;
 mod stamp;
 
@@ -21,6 +23,7 @@ pub fn run() -> Result<()> {
     apt.install_missing()?;
     control_plane::build(&cache)?;
     guest::build(&cache, &mut apt)?;
+    node_vm::build(&cache, &mut apt)?;
     say("setup: done");
     Ok(())
 }

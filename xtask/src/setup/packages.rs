@@ -12,6 +12,7 @@ const PACKAGES: &[&str] = &[
     "btrfs-progs",
     "ca-certificates",
     "cpio",
+    "debootstrap",
     "e2fsprogs",
     "gcc",
     "kmod",
@@ -57,6 +58,15 @@ impl Apt {
         let depends = capture(Command::new("apt-cache").env("LC_ALL", "C").args(["depends", package]))?;
         let first = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: ").map(str::to_owned));
         first.ok_or_else(|| anyhow::anyhow!("{package} depends on nothing: {depends}"))
+    }
+
+    /// Where this system has the packages of a release of Debian from.
+    pub fn mirror(&mut self, release: &str) -> Result<String> {
+        self.update()?;
+        let filter = ["Created-By: Packages", "Origin: Debian", &format!("Codename: {release}")];
+        let targets = capture(apt_get().args(["indextargets", "--format", "$(REPO_URI)"]).args(filter))?;
+        let mirror = targets.lines().next().map(str::to_owned);
+        mirror.ok_or_else(|| anyhow::anyhow!("apt has no source for Debian {release}"))
     }
 
     fn update(&mut self) -> Result<()> {

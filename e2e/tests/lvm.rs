@@ -1,0 +1,50 @@
+//! The driver `lvm` against real logical volumes, in the node VM: this host needs no device-mapper.
+//!
+//! What is tested is in `node-agent/tests/lvm`; here it is built, put into the VM and run there as root.
+
+#![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use freezeframe_e2e::{NodeVm, NodeVmConfig};
+
+/// Emulated in an emulator, on a machine that does other things too.
+const SUITE: Duration = Duration::from_secs(1500);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lvm_driver_passes_its_suite_on_a_node_with_real_volumes() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let config = NodeVmConfig {
+        directory: directory.path().to_owned(),
+        memory_mib: 1024,
+        data_mib: 2048,
+        share: vec![(build_suite()?, "lvm".to_owned())],
+    };
+    let mut node = NodeVm::boot(&config).await?;
+    // `LVM_TEST` runs one of its tests alone, to work on it.
+    let only = std::env::var("LVM_TEST").unwrap_or_default();
+    let command = format!("LVM_TEST_DISK=/dev/vdb RUST_BACKTRACE=0 /share/lvm --test-threads=1 --nocapture {only}");
+    let ended = node.ask(&command, SUITE).await?;
+    println!("{}", ended.output);
+    ensure!(ended.code == 0, "the suite ended with {}", ended.code);
+    Ok(())
+}
+
+/// The suite's executable. It isn't part of `cargo test`, so nobody has built it yet.
+fn build_suite() -> Result<PathBuf> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    cargo.args(["test", "--no-run", "--message-format=json", "--package", "freezeframe-node-agent", "--test", "lvm"]);
+    let output = cargo.output().context("starting cargo")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let messages = String::from_utf8(output.stdout)?;
+    let executable = |line: &str| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let path = message["target"]["name"].eq("lvm").then(|| message["executable"].as_str())??;
+        Some(PathBuf::from(path))
+    };
+    messages.lines().find_map(executable).context("cargo built no executable `lvm`")
+}
