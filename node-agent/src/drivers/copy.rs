@@ -127,10 +127,10 @@ impl SnapshotDriver for Copy {
     async fn complete(&self, vm: &Vm, _: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let state: State = task.state()?;
         let directory = state.directory(task)?;
-        if directory.id(&state.file)?.is_none() {
+        if state.id.is_none() || directory.id(&state.file)? != state.id {
             jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
             jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
-            close(vm, &state).await?;
+            close(vm, &state, state.id).await?;
             directory.sync_file(&state.unfinished())?;
             verify(&directory, &state.unfinished(), task)?;
             directory.rename_new(&state.unfinished(), &state.file)?;
@@ -144,13 +144,16 @@ impl SnapshotDriver for Copy {
             return Ok(Removal::Done);
         }
         let state: State = task.state()?;
+        let directory = state.directory(task)?;
         if let Some(vm) = env.vm {
             jobs::cancel(vm.qmp(), &state.job()).await?;
-            close(vm, &state).await?;
+            // A crash in `prepare` may have left a file that isn't on record yet.
+            close(vm, &state, state.id.or(directory.id(&state.unfinished())?)).await?;
         }
-        let directory = state.directory(task)?;
         directory.unlink(&state.unfinished())?;
-        directory.unlink(&state.file)?;
+        if state.id.is_some() && directory.id(&state.file)? == state.id {
+            directory.unlink(&state.file)?;
+        }
         Ok(Removal::Done)
     }
 
@@ -164,6 +167,9 @@ async fn make_target(task: &DiskTask, state: &mut State) -> Result<()> {
     let name = state.unfinished();
     if state.id.is_some() && state.id == directory.id(&name)? {
         return Ok(());
+    }
+    if directory.names()?.contains(&state.file) {
+        return Err(DriverError::NotNow(format!("{} is there already", directory.join(&state.file).display())));
     }
     directory.unlink(&name)?;
     let (free, needed) = (directory.free_bytes()?, task.size + task.size / METADATA_SHARE);
@@ -191,14 +197,14 @@ async fn open_target(vm: &Vm, task: &DiskTask, state: &State) -> Result<()> {
 }
 
 /// Closes the target's nodes, which flushes them, and takes its descriptors back.
-async fn close(vm: &Vm, state: &State) -> Result<()> {
+async fn close(vm: &Vm, state: &State, file: Option<FileId>) -> Result<()> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     for node in [state.node(), state.file_node()] {
         if graph.node(&node).is_some() {
             vm.qmp().blockdev_del(&node, QMP_TIMEOUT).await.map_err(qemu("close the copy"))?;
         }
     }
-    match state.id {
+    match file {
         Some(id) => take_back(vm.qmp(), id).await.map_err(qemu("take the copy's descriptors back")),
         None => Ok(()),
     }

@@ -20,7 +20,7 @@ use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 
-use super::prepare::{dependents, forget_node, pin, replace_base};
+use super::prepare::{dependents, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::{DiskTask, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
@@ -37,6 +37,9 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         return hand_on(env, &directory, &state, &merging).await;
     }
     directory.unlink(&state.unfinished())?;
+    if state.overlay.is_none() {
+        state.overlay = unrecorded_layer(&directory, &state)?;
+    }
     let step = match directory.id(&state.layer)? {
         None => close_leftovers(env, &state).await,
         Some(id) if Some(id) == state.overlay => give_up_layer(env, &directory, &state).await,
@@ -44,10 +47,24 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
             Some(vm) => merge_live(env, vm, &directory, &mut state).await,
             None => offline_merge::merge(env, &directory, &mut state).await,
         },
+        // Nothing was made, because somebody else's file has the name.
+        Some(_) if state.overlay.is_none() => close_leftovers(env, &state).await,
         Some(_) => Err(DriverError::NotNow(format!("{} is another file", directory.join(&state.layer).display()))),
     };
     task.set_state(&state)?;
     step
+}
+
+/// The layer of a `prepare` that ended before its record was written. Only a layer before its cut backs onto its own
+/// name.
+fn unrecorded_layer(directory: &ImageDirectory, state: &State) -> Result<Option<FileId>> {
+    let ours = match directory.id(&state.layer)? {
+        Some(id) if id != state.base => Some(id),
+        _ => return Ok(None),
+    };
+    // A file that isn't a qcow2 image isn't ours.
+    let Ok(found) = header(directory, &state.layer) else { return Ok(None) };
+    Ok(ours.filter(|_| found.backing.as_deref() == Some(&state.layer)))
 }
 
 /// The name is free: nothing was made, or the file went on under another name. Only nodes and a job can be left.
