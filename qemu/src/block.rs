@@ -77,6 +77,8 @@ pub struct Node {
     pub virtual_size: u64,
     /// The node of the backing image.
     pub backing: Option<String>,
+    /// Whether the data is in another file than the image, so that `file_child` is not the image's own.
+    pub external_data: bool,
     /// The node that data comes from: the protocol node of a format, the child of a filter.
     pub file_child: Option<String>,
     /// Whether it decrypts.

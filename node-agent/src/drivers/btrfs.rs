@@ -131,7 +131,6 @@ fn why_incomplete(images: &[ChainImage], subvolume: &Path) -> Option<String> {
         let below = images.get(depth + 1).map(|below| below.layer.path.as_path());
         let why = match () {
             () if !inside => format!("is outside subvolume {}", subvolume.display()),
-            () if image.external_data => "has its data in another file".into(),
             () if below.is_some() && image.layer.format != "qcow2" => {
                 "has a format whose backing string isn't known".into()
             }

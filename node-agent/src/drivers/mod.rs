@@ -106,8 +106,6 @@ pub struct ChainImage {
     pub filesystem: Option<Filesystem>,
     /// The backing string of its header, where it is qcow2 and has one.
     pub backing: Option<String>,
-    /// Whether its data is in another file.
-    pub external_data: bool,
 }
 
 /// A file with a disk's data, or a part of it.

@@ -94,7 +94,6 @@ impl SnapshotDriver for Reflink {
             let shares = matches!(image.filesystem, Some(Filesystem::Xfs | Filesystem::Btrfs { .. }));
             let why = match () {
                 () if !shares => "is on a file system that can't share data between files",
-                () if image.external_data => "has its data in another file",
                 () if !ONE_FILE.contains(&format) => "has a format whose images may be several files",
                 () if depth < below && !REBASED.contains(&format) => "has a format whose backing file can't be changed",
                 () => continue,

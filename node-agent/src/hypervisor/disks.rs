@@ -50,7 +50,8 @@ pub async fn disks(vm: &Vm, roots: &ImageRoots) -> Result<Disks, QemuError> {
     let files = node_files(vm.qmp(), &graph, roots, cwd.as_deref()).await?;
     let found = graph.disks().iter().filter_map(|disk| {
         let node = graph.node(disk.top.as_deref()?)?;
-        let device = BlockDevice::of(node, &graph, vm.qmp_identity().peer_pid);
+        let device = || BlockDevice::of(node, &graph, vm.qmp_identity().peer_pid);
+        let device = only_file(node).and_then(|()| device());
         Some(found_disk(disk, node, device, &files, &graph, roots))
     });
     Ok(Disks { found: found.collect(), out_of_reach: out_of_reach(vm).await?, graph })
@@ -64,7 +65,7 @@ fn found_disk(
     graph: &BlockGraph,
     roots: &ImageRoots,
 ) -> FoundDisk {
-    let path = path_of(files.of(node), roots);
+    let path = image_path(node, files, roots);
     FoundDisk {
         name: disk.name(),
         node: node.name.clone(),
@@ -84,10 +85,20 @@ fn found_disk(
     }
 }
 
+/// QEMU tells the file with the data, not the one with the image: whoever worked on that one would destroy it.
+fn only_file(node: &Node) -> Result<(), String> {
+    if node.external_data { Err("the image has its data in another file".into()) } else { Ok(()) }
+}
+
+fn image_path(node: &Node, files: &NodeFiles, roots: &ImageRoots) -> Result<PathBuf, String> {
+    only_file(node)?;
+    path_of(files.of(node), roots)
+}
+
 /// The images of a disk, top first, if each is a file that we may touch.
 fn chain_of(top: &Node, graph: &BlockGraph, files: &NodeFiles, roots: &ImageRoots) -> Result<Vec<ChainImage>, String> {
     let image = |node: &Node| {
-        let path = path_of(files.of(node), roots).map_err(|why| format!("image {}: {why}", node.file))?;
+        let path = image_path(node, files, roots).map_err(|why| format!("image {}: {why}", node.file))?;
         chain_image(path, &node.driver, roots)
     };
     graph.chain(&top.name).into_iter().map(image).collect()
@@ -100,7 +111,6 @@ fn chain_image(path: PathBuf, format: &str, roots: &ImageRoots) -> Result<ChainI
     };
     Ok(ChainImage {
         filesystem: Filesystem::of(&path, roots),
-        external_data: header.as_ref().is_some_and(|header| header.external_data),
         backing: header.and_then(|header| header.backing),
         layer: Layer { path, format: format.to_owned() },
     })

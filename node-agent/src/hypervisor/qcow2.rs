@@ -7,10 +7,6 @@ use std::io::{Read, Seek, SeekFrom};
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 const LONGEST_NAME: u32 = 1023;
-/// Up to the end of the incompatible features.
-const PREFIX: usize = 80;
-/// Incompatible feature: the data is in another file.
-const EXTERNAL_DATA: u64 = 1 << 2;
 
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,8 +15,6 @@ pub struct Header {
     pub virtual_size: u64,
     /// The backing string as it stands there; relative to the image's directory unless absolute.
     pub backing: Option<String>,
-    /// Whether the data is in another file.
-    pub external_data: bool,
 }
 
 /// Why a header can't be read.
@@ -39,17 +33,15 @@ pub enum HeaderError {
 
 /// Reads the header of an image.
 pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError> {
-    let mut prefix = [0_u8; PREFIX];
+    let mut prefix = [0_u8; 32];
     image.seek(SeekFrom::Start(0))?;
     image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
     if prefix[..4] != MAGIC {
         return Err(HeaderError::NotQcow2);
     }
-    // Version 2 ends before its incompatible features, and has none.
-    let external_data = be32(&prefix[4..8]) >= 3 && be64(&prefix[72..80]) & EXTERNAL_DATA != 0;
     let length = be32(&prefix[16..20]);
     let backing = if length == 0 { None } else { Some(read_backing(image, be64(&prefix[8..16]), length)?) };
-    Ok(Header { virtual_size: be64(&prefix[24..32]), backing, external_data })
+    Ok(Header { virtual_size: be64(&prefix[24..32]), backing })
 }
 
 fn read_backing(image: &mut (impl Read + Seek), offset: u64, length: u32) -> Result<String, HeaderError> {
@@ -95,17 +87,8 @@ mod tests {
     #[test]
     fn a_header_gives_size_and_backing() {
         let found = read_header(&mut Cursor::new(image(b"disk.qcow2", 10))).unwrap();
-        assert_eq!(found, Header { virtual_size: 1_048_576, backing: Some("disk.qcow2".into()), external_data: false });
+        assert_eq!(found, Header { virtual_size: 1_048_576, backing: Some("disk.qcow2".into()) });
         assert_eq!(read_header(&mut Cursor::new(image(b"", 0))).unwrap().backing, None);
-    }
-
-    #[test]
-    fn a_header_tells_of_data_in_another_file() {
-        let mut bytes = image(b"", 0);
-        bytes[79] = 4;
-        assert!(read_header(&mut Cursor::new(bytes.clone())).unwrap().external_data);
-        bytes[7] = 2;
-        assert!(!read_header(&mut Cursor::new(bytes)).unwrap().external_data);
     }
 
     #[test]

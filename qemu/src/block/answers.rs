@@ -68,6 +68,14 @@ struct RawNode {
 struct Image {
     #[serde(default, rename = "virtual-size")]
     virtual_size: u64,
+    #[serde(default, rename = "format-specific")]
+    format_specific: Value,
+}
+
+impl Image {
+    fn has_external_data(&self) -> bool {
+        self.format_specific.pointer("/data/data-file").is_some()
+    }
 }
 
 #[derive(Deserialize)]
@@ -122,6 +130,7 @@ impl From<RawNode> for Node {
             file: raw.file,
             read_only: raw.ro,
             virtual_size: raw.image.virtual_size,
+            external_data: raw.image.has_external_data(),
             backing: None,
             file_child: None,
             encrypted: raw.encrypted,
