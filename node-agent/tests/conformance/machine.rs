@@ -44,13 +44,13 @@ impl Machine {
         for socket in sockets {
             command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", directory.join(socket).display()));
         }
-        for disk in disks {
+        for (index, disk) in disks.iter().enumerate() {
             let (name, options) = (&disk.name, &disk.options);
             let file = disk.file.display();
             command.arg("-blockdev").arg(format!("driver=file,node-name={name}-file,filename={file}"));
             let format = &disk.format;
             command.arg("-blockdev").arg(format!("driver={format},node-name={name}-node,file={name}-file{options}"));
-            command.arg("-device").arg(format!("virtio-blk-pci,drive={name}-node,id={name}"));
+            command.arg("-device").arg(format!("virtio-blk-pci,drive={name}-node,id={name},bootindex={index}"));
         }
         let output = directory.join("output");
         command.stdin(Stdio::null()).stdout(File::create(&output).unwrap());
@@ -77,6 +77,10 @@ impl Machine {
 
     pub async fn cont(&self) {
         self.monitor.cont(SOON).await.unwrap();
+    }
+
+    pub async fn is_running(&self) -> bool {
+        self.monitor.query_status(SOON).await.unwrap().running
     }
 
     /// Ends QEMU as `quit` does.

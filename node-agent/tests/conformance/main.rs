@@ -8,9 +8,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
 
 mod cases;
+mod chains;
 mod content;
+mod instant;
 mod loopcopy;
 mod machine;
+mod shapes;
 mod snapshots;
 mod steps;
 mod storage;

@@ -266,13 +266,14 @@ impl World {
         for disk in graph.disks() {
             for node in graph.chain(disk.top.as_deref().unwrap_or_default()) {
                 used.extend([node.name.clone(), node.file.clone()]);
-                used.extend(node.file_child.clone());
+                let file = node.file_child.as_deref().and_then(|child| graph.node(child));
+                used.extend(file.into_iter().flat_map(|file| [file.name.clone(), file.file.clone()]));
             }
         }
         let ours: Vec<_> = graph.nodes().filter(|node| node.name.starts_with("ff-")).collect();
         let unused: Vec<_> = ours.iter().filter(|node| !used.contains(&node.name)).map(|node| &node.name).collect();
         assert!(unused.is_empty(), "nodes are left: {unused:?}");
         let unused: Vec<_> = after.descriptors.iter().filter(|set| !used.contains(*set)).collect();
-        assert!(unused.is_empty(), "descriptors are left: {unused:?}");
+        assert!(unused.is_empty(), "descriptors are left: {unused:?}, nodes: {:#?}", after.nodes);
     }
 }

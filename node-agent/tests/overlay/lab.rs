@@ -10,6 +10,7 @@ use freezeframe_api::v1alpha1::{
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
+use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::session::journal::Journal;
@@ -75,6 +76,7 @@ impl Lab {
         let (stop, stopping) = watch::channel(false);
         tokio::spawn(Server::bind(&root.join("guard.sock"), state, timing, stopping).unwrap().run());
         let sessions = Sessions {
+            drivers: Drivers::default(),
             vm_root: root.join("vms"),
             roots: ImageRoots::new(vec![root.join("images")]),
             guard: Guard::new(root.join("guard.sock")),

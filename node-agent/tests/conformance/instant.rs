@@ -1,0 +1,120 @@
+//! The window: one instant for all disks, and cuts that come too late.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use freezeframe_api::v1alpha1::ContentPhase;
+use freezeframe_node_agent::drivers::Drivers;
+use freezeframe_node_agent::session::order::Order;
+
+use crate::cases::{drivers, for_every_case};
+use crate::content::qemu_io;
+use crate::loopcopy::Loopcopy;
+use crate::storage::{Kind, Storage, run};
+use crate::world::{World, two_disks};
+
+const SOON: Duration = Duration::from_secs(180);
+/// Where the guest writes: the ninth sector.
+const COUNTER: usize = 8 * 512;
+
+/// A guest of 64 bytes: it counts up in memory and writes the counter's sector to the first disk, then to the second,
+/// one after the other, for ever, through the BIOS. Whatever is cut at one instant has A − B = 0 or 1.
+#[rustfmt::skip]
+const GUEST: [u8; 64] = [
+    0xFA,                                                 //       cli
+    0x31, 0xC0, 0x8E, 0xD8, 0x8E, 0xC0, 0x8E, 0xD0,       //       ax, ds, es, ss = 0
+    0xBC, 0x00, 0x7C, 0xFB,                               //       sp = 0x7c00; sti
+    0x66, 0xC7, 0x06, 0x00, 0x80, 0, 0, 0, 0,             //       dword [0x8000] = 0
+    0x66, 0xFF, 0x06, 0x00, 0x80,                         // next: inc dword [0x8000]
+    0xB2, 0x80, 0xE8, 0x07, 0x00,                         //       dl = first disk; call write
+    0xB2, 0x81, 0xE8, 0x02, 0x00,                         //       dl = second disk; call write
+    0xEB, 0xEF,                                           //       jmp next
+    0xBE, 0x30, 0x7C, 0xB8, 0x00, 0x43, 0xCD, 0x13, 0xC3, // write: si = packet; ax = 0x4300; int 0x13; ret
+    0x10, 0, 1, 0, 0x00, 0x80, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, // packet: one sector from 0:0x8000 to sector 8
+];
+
+/// The guest's boot sector, on the first disk.
+fn install_guest(world_disks: &[crate::machine::Disk]) {
+    let mut sector = [0; 512];
+    sector[..GUEST.len()].copy_from_slice(&GUEST);
+    sector[510..].copy_from_slice(&[0x55, 0xAA]);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("sector");
+    std::fs::write(&file, sector).unwrap();
+    let write = format!("write -s {} 0 512", file.display());
+    qemu_io(&world_disks[0].file, &world_disks[0].format, &[], &[write]).unwrap();
+}
+
+/// The counters that a snapshot has.
+fn counters(world: &World, order: &Order) -> Vec<u32> {
+    let scratch = tempfile::tempdir().unwrap();
+    let raw = scratch.path().join("raw");
+    let artifacts = world.artifacts(order).into_iter();
+    let counter = artifacts.map(|artifact| {
+        run(&format!("qemu-img convert -U -O raw -f {}", artifact.format), &[&artifact.handle, &raw]);
+        let bytes = std::fs::read(&raw).unwrap();
+        u32::from_le_bytes(bytes[COUNTER..COUNTER + 4].try_into().unwrap())
+    });
+    counter.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_disks_of_a_writing_guest_are_cut_at_one_instant() {
+    for_every_case(|case| async move {
+        let storage = Storage::new(case.storage);
+        let disks = two_disks(&storage, case.format);
+        install_guest(&disks);
+        let world = World::with(storage, disks, drivers()).await;
+        let (end, mut last, mut taken) = (Instant::now() + SOON, 0, 0);
+        for number in 1.. {
+            let order = world.order(case.driver, number);
+            world.snapshot(&order).await;
+            let counters = counters(&world, &order);
+            assert!(counters[0].wrapping_sub(counters[1]) <= 1, "snapshot {number}: {counters:?}");
+            world.delete(&order).await;
+            // Only snapshots between which the guest wrote count.
+            taken += u32::from(counters[1] > last);
+            last = counters[1];
+            if taken >= 5 {
+                return;
+            }
+            assert!(Instant::now() < end, "the guest doesn't write: {counters:?}");
+        }
+    })
+    .await;
+}
+
+static LET_THE_CUT_GO_ON: AtomicBool = AtomicBool::new(false);
+
+/// Blocks a cut as a file system that doesn't answer would.
+fn hang() {
+    let end = Instant::now() + SOON;
+    while !LET_THE_CUT_GO_ON.load(Ordering::SeqCst) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+async fn until(what: &str, condition: impl AsyncFn() -> bool) {
+    let end = Instant::now() + SOON;
+    while !condition().await {
+        assert!(Instant::now() < end, "{what} doesn't happen");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_that_hangs_lets_the_guest_go_and_leaves_nothing_when_it_ends() {
+    let storage = Storage::new(Kind::Plain);
+    let disks = two_disks(&storage, "raw");
+    let world = World::with(storage, disks, Drivers::new(vec![Box::new(Loopcopy(hang))])).await;
+    let before = world.footprint().await;
+    let order = world.order("loopcopy", 1);
+    let watch = async {
+        until("the pause", async || !world.machine().is_running().await).await;
+        until("the end of the pause", async || world.machine().is_running().await).await;
+        LET_THE_CUT_GO_ON.store(true, Ordering::SeqCst);
+    };
+    let (status, ()) = tokio::join!(world.advance(&order), watch);
+    assert_eq!(status.phase, Some(ContentPhase::Failed));
+    assert_eq!(world.footprint().await, before);
+}
