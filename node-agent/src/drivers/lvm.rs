@@ -119,7 +119,7 @@ impl SnapshotDriver for Lvm {
         let row = ours(&state, task).await?;
         verify(&row, &state, task)?;
         if state.thin {
-            commands::activate(&state.snapshot).await?;
+            commands::activate(&state.snapshot, &row).await?;
         }
         let handle = state.snapshot.path();
         device::number_of(&handle).map_err(DriverError::Verify)?;
@@ -136,8 +136,9 @@ impl SnapshotDriver for Lvm {
             return Err(DriverError::NotNow(format!("LVM is still making {}", state.snapshot)));
         }
         match commands::find(&state.snapshot).await? {
-            // Somebody else's volume of that name: ours was never made, or is gone.
-            Some(row) if !row.is_ours(&task.id) || row.origin != state.origin.name() => Ok(Removal::Done),
+            // Somebody else's volume of that name: ours was never made, or is gone. The origin's name proves nothing:
+            // it may have got another one, or be gone.
+            Some(row) if !row.is_ours(&task.id) => Ok(Removal::Done),
             None => Ok(Removal::Done),
             Some(row) if row.is_open() => {
                 Err(DriverError::NotNow(format!("{} is in use; close it first", state.snapshot.path().display())))

@@ -128,11 +128,16 @@ pub async fn find(volume: &Volume) -> Result<Option<Row>> {
     Ok(volumes(volume.group()).await?.into_iter().find(|row| row.lv_name == volume.name()))
 }
 
-/// Makes a snapshot's device appear, now and after each start of the node.
-pub async fn activate(volume: &Volume) -> Result<()> {
+/// Makes a snapshot's device appear, now and after each start of the node, unless `row` shows that it does already.
+pub async fn activate(volume: &Volume, row: &Row) -> Result<()> {
     let name = volume.to_string();
-    run(["lvchange", "--quiet", "--setactivationskip", "n", &name]).await?;
-    run(["lvchange", "--quiet", "--activate", "y", &name]).await.map(drop)
+    if row.flag(9) == 'k' {
+        run(["lvchange", "--quiet", "--setactivationskip", "n", &name]).await?;
+    }
+    if row.flag(4) != 'a' {
+        run(["lvchange", "--quiet", "--activate", "y", &name]).await?;
+    }
+    Ok(())
 }
 
 /// Removes a volume with its contents.
