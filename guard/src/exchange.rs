@@ -7,11 +7,16 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::record::is_component;
+
+/// How long other exchanges in the directory may take: an fsync each.
+const PATIENCE: Duration = Duration::from_millis(400);
+const AGAIN: Duration = Duration::from_millis(1);
 
 /// Two names in one directory that change hands at the cut.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,11 +83,12 @@ impl Exchange {
     /// Whether the cut took place is for the caller to know.
     pub fn apply(&self) -> Result<Applied, Error> {
         let directory = self.open()?;
-        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Busy),
-            locked => locked.map_err(|e| Error::Lock(e.into()))?,
-        }
-        self.rename(&directory)
+        lock(&directory)?;
+        let applied = self.rename(&directory);
+        // Not left to the closing: a program that is being started has a copy of the descriptor, and with it the lock,
+        // until it runs.
+        rustix::fs::flock(&directory, FlockOperation::Unlock).map_err(|e| Error::Lock(e.into()))?;
+        applied
     }
 
     /// As [`Exchange::apply`], against a holder of the lock that was stopped in the middle of it. When it is woken, it
@@ -127,25 +133,61 @@ impl Exchange {
     }
 }
 
+/// Waits for exchanges of other disks in the same directory, but not for a holder that was stopped.
+fn lock(directory: &OwnedFd) -> Result<(), Error> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(AGAIN),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Busy),
+            locked => return locked.map_err(|e| Error::Lock(e.into())),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn exchange_of(directory: &std::path::Path, a: &str, b: &str) -> Exchange {
+        for name in [a, b] {
+            std::fs::write(directory.join(name), name).unwrap();
+        }
+        Exchange {
+            directory: directory.to_owned(),
+            a: a.into(),
+            b: b.into(),
+            a_inode: rustix::fs::stat(directory.join(a)).unwrap().st_ino,
+            when_active: "node".into(),
+            kind: Kind::Swap,
+        }
+    }
+
+    #[test]
+    fn exchanges_in_one_directory_wait_for_each_other_while_programs_are_started() {
+        let directory = tempfile::tempdir().unwrap();
+        let exchange = |thread: usize| {
+            for turn in 0..50 {
+                let [a, b] = ["a", "b"].map(|name| format!("{name}-{thread}-{turn}"));
+                assert_eq!(exchange_of(directory.path(), &a, &b).apply().unwrap(), Applied::Now);
+            }
+        };
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let exchange = &exchange;
+                scope.spawn(move || exchange(thread));
+            }
+            scope.spawn(|| {
+                (0..50).for_each(|_| assert!(std::process::Command::new("true").status().unwrap().success()))
+            });
+        });
+    }
+
     #[test]
     fn a_lock_whose_holder_is_stopped_keeps_the_agent_away_but_not_the_guard() {
         let directory = tempfile::tempdir().unwrap();
-        for name in ["disk", "layer"] {
-            std::fs::write(directory.path().join(name), name).unwrap();
-        }
         let read = |name: &str| std::fs::read_to_string(directory.path().join(name)).unwrap();
-        let exchange = Exchange {
-            directory: directory.path().to_owned(),
-            a: "disk".into(),
-            b: "layer".into(),
-            a_inode: rustix::fs::stat(directory.path().join("disk")).unwrap().st_ino,
-            when_active: "node".into(),
-            kind: Kind::Swap,
-        };
+        let exchange = exchange_of(directory.path(), "disk", "layer");
         let stopped = exchange.open().unwrap();
         rustix::fs::flock(&stopped, FlockOperation::LockExclusive).unwrap();
         assert!(matches!(exchange.apply(), Err(Error::Busy)));
