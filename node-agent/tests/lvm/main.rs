@@ -14,7 +14,7 @@ mod world;
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::ContentPhase;
 use freezeframe_node_agent::drivers::lvm::{Lvm, fill};
-use freezeframe_node_agent::drivers::{DriverError, SnapshotDriver, Verdict};
+use freezeframe_node_agent::drivers::{DriverError, Env, SnapshotDriver, Verdict};
 use freezeframe_node_agent::hypervisor::disks::disks;
 
 use node::{Lv, lvm, names, pool, thick, thin};
@@ -25,15 +25,12 @@ async fn thin_and_thick_volumes_of_one_group_are_cut_in_one_pause_and_keep_what_
     let mut world = World::new(&[thin("one-a"), thin("one-b"), thick("one-c")]).await;
     let before = names();
     world.write().await;
-    let order = world.order(1);
-    let taken = world.snapshot(&order).await;
+    let mut taken = world.snapshot(1).await;
+    println!("measured: 2 thin and 1 thick in one cut: pause {:?}", taken.pause);
     world.write().await;
-    world.check_artifacts(&order, &taken);
+    taken.check();
     world.check_guest().await;
-    let measured = world.record(&order).measured.unwrap();
-    println!("measured: 2 thin and 1 thick in one cut: pause {:?}, cut {:?}", measured.pause, measured.skew);
-    assert_eq!(world.record(&order).tasks.iter().filter(|task| task.driver == "lvm").count(), 3);
-    world.delete(&order).await;
+    world.remove(&mut taken.tasks).await;
     assert_eq!(names(), before);
     world.check_guest().await;
 }
@@ -44,11 +41,9 @@ async fn the_window_of_one_two_and_four_volumes_is_measured() {
         for count in [1, 2, 4] {
             let volumes: Vec<_> = (0..count).map(|at| make(&format!("m{kind}{count}-{at}"))).collect();
             let world = World::new(&volumes).await;
-            let order = world.order(1);
-            world.snapshot(&order).await;
-            let measured = world.record(&order).measured.unwrap();
-            println!("measured: {count} {kind}: pause {:?}, cut {:?}", measured.pause, measured.skew);
-            world.delete(&order).await;
+            let mut taken = world.snapshot(1).await;
+            println!("measured: {count} {kind}: pause {:?}", taken.pause);
+            world.remove(&mut taken.tasks).await;
         }
     }
 }
@@ -57,20 +52,16 @@ async fn the_window_of_one_two_and_four_volumes_is_measured() {
 async fn three_snapshots_go_in_any_order() {
     let mut world = World::new(&[thin("three-a"), thick("three-b")]).await;
     let before = names();
-    for (round, sequence) in (0..).zip([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]) {
-        let (mut orders, mut taken) = (vec![], vec![]);
+    for sequence in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let mut taken = vec![];
         for number in 1..=3 {
             world.write().await;
-            let order = world.order(round * 10 + number);
-            taken.push(world.snapshot(&order).await);
-            orders.push(order);
+            taken.push(world.snapshot(number).await);
         }
         world.write().await;
         for (gone, at) in sequence.into_iter().enumerate() {
-            world.delete(&orders[at]).await;
-            for &left in &sequence[gone + 1..] {
-                world.check_artifacts(&orders[left], &taken[left]);
-            }
+            world.remove(&mut taken[at].tasks).await;
+            sequence[gone + 1..].iter().for_each(|left: &usize| taken[*left].check());
             world.check_guest().await;
         }
         assert_eq!(names(), before, "{sequence:?}");
@@ -83,13 +74,13 @@ async fn a_pool_that_is_nearly_full_is_refused_with_numbers() {
     let volume = Lv { pool: Some(pool), ..thin("full-a") };
     let mut world = World::new(&[volume]).await;
     world.write().await;
-    let blocks = ["1m", "2m", "3m", "4m", "5m", "6m", "7m"].map(|at| format!("write -P 7 {at} 1000k"));
-    for block in &blocks {
-        world.machine().io("vd0", block).await;
-    }
+    // 15 of 16 MiB are in use then.
     let filler = thin("filler");
     lvm(&format!("lvcreate -qq -y -V 8m --thinpool {}/small -n {}", node::GROUP, filler.name));
-    node::run("dd", &["if=/dev/urandom", &format!("of={}", filler.path()), "bs=1M", "oflag=direct"].map(String::from));
+    node::run(
+        "dd",
+        &["if=/dev/urandom", &format!("of={}", filler.path()), "bs=1M", "count=7", "oflag=direct"].map(String::from),
+    );
     let before = names();
     let order = world.order(1);
     let status = world.advance(&order).await;
@@ -120,7 +111,7 @@ async fn a_thick_snapshot_that_overflowed_is_reported_and_can_be_removed() {
     let mut world = World::new(&[thick("over-a")]).await;
     let before = names();
     world.write().await;
-    let mut steps = world.steps(&[("size", "4Mi")]).await;
+    let mut steps = world.steps(1, &[("size", "4Mi")]).await;
     world.cut(&steps).await;
     let early = fill(&steps[0]).await.unwrap().unwrap();
     assert!(early.percent < 50.0 && !early.overflowed, "{early:?}");
@@ -131,6 +122,7 @@ async fn a_thick_snapshot_that_overflowed_is_reported_and_can_be_removed() {
     assert!(late.overflowed, "{late:?}");
     let vm = world.vm().await;
     let failed = Lvm.complete(&vm, &world.sessions.roots, &mut steps[0]).await.unwrap_err();
+    drop(vm);
     println!("overflowed: {failed}");
     assert!(matches!(failed, DriverError::Verify(_)) && failed.to_string().contains("raise `size`"), "{failed}");
     world.remove(&mut steps).await;
@@ -142,10 +134,10 @@ async fn a_crash_after_any_step_leaves_nothing_once_it_is_taken_back() {
     let mut world = World::new(&[thin("crash-a"), thick("crash-b")]).await;
     let before = names();
     world.write().await;
-    let mut prepared = world.steps(&[]).await;
+    let mut prepared = world.steps(1, &[]).await;
     world.remove(&mut prepared).await;
     assert_eq!(names(), before, "after prepare");
-    let mut cut = world.steps(&[]).await;
+    let mut cut = world.steps(1, &[]).await;
     world.cut(&cut).await;
     assert_eq!(names().len(), before.len() + 2);
     world.remove(&mut cut).await;
@@ -166,7 +158,8 @@ async fn a_volume_that_has_the_snapshots_name_is_neither_taken_for_it_nor_touche
     assert_eq!(status.phase, Some(ContentPhase::Failed));
     let message = &find(&status.conditions, types::READY).unwrap().message;
     assert!(message.contains("already"), "{message}");
-    world.delete(&order).await;
+    let deletion = world.sessions.delete(&order).await.unwrap();
+    assert!(deletion.over, "{:?}", deletion.status.conditions);
     assert_eq!(names(), before);
 }
 
@@ -175,14 +168,14 @@ async fn a_snapshot_that_is_in_use_is_deleted_once_it_is_closed() {
     let mut world = World::new(&[thin("used-a")]).await;
     let before = names();
     world.write().await;
-    let order = world.order(1);
-    world.snapshot(&order).await;
-    let user = std::fs::File::open(&world.artifacts(&order)[0].handle).unwrap();
-    let deletion = world.sessions.delete(&order).await.unwrap();
-    let message = &find(&deletion.status.conditions, types::REMOVED).unwrap().message;
-    assert!(!deletion.over && message.contains("in use"), "{message}");
-    drop(user);
-    world.delete(&order).await;
+    let mut taken = world.snapshot(1).await;
+    let user = std::fs::File::open(&taken.tasks[0].artifact.as_ref().unwrap().handle).unwrap();
+    let vm = world.vm().await;
+    let env = Env { vm: Some(&vm), roots: &world.sessions.roots, siblings: &[] };
+    let kept = Lvm.remove(&env, &mut taken.tasks[0]).await.unwrap_err();
+    assert!(matches!(&kept, DriverError::NotNow(why) if why.contains("in use")), "{kept}");
+    drop((user, vm));
+    world.remove(&mut taken.tasks).await;
     assert_eq!(names(), before);
 }
 

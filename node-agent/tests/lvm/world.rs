@@ -1,19 +1,19 @@
 //! A VM on logical volumes, a guard and an agent's sessions, all of one test's own.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use freezeframe_api::names::DriverName;
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus,
+    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
 use freezeframe_node_agent::drivers::lvm::Lvm;
-use freezeframe_node_agent::drivers::{Artifact, DiskTask, Drivers, Env, Removal, SnapshotDriver};
+use freezeframe_node_agent::drivers::{DiskTask, Drivers, Env, Removal, SnapshotDriver};
 use freezeframe_node_agent::hypervisor::disks::disks;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::{Vm, VmKey};
-use freezeframe_node_agent::session::journal::{Journal, SessionRecord};
+use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -37,6 +37,23 @@ pub struct World {
     epoch: u8,
     _guard: watch::Sender<bool>,
     _run: TempDir,
+}
+
+/// A snapshot that is complete.
+pub struct Snapshot {
+    pub tasks: Vec<DiskTask>,
+    pub pause: Duration,
+    contents: Vec<Content>,
+}
+
+impl Snapshot {
+    /// Its artifacts read as the disks did at its cut.
+    pub fn check(&self) {
+        for (task, content) in self.tasks.iter().zip(&self.contents) {
+            let artifact = task.artifact.as_ref().unwrap();
+            content.check(&artifact.handle, &artifact.format).unwrap();
+        }
+    }
 }
 
 struct NeverCancelled;
@@ -139,38 +156,21 @@ impl World {
         panic!("the session of {} comes to no end", order.content);
     }
 
-    /// Takes a snapshot that must be good, and returns what the disks read at the cut.
-    pub async fn snapshot(&self, order: &Order) -> Vec<Content> {
-        let status = self.advance(order).await;
-        assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
-        self.contents.clone()
-    }
-
-    pub fn record(&self, order: &Order) -> SessionRecord {
-        self.sessions.journal.load(&order.uid).unwrap().unwrap()
-    }
-
-    pub fn artifacts(&self, order: &Order) -> Vec<Artifact> {
-        self.record(order).tasks.into_iter().map(|task| task.artifact.unwrap()).collect()
-    }
-
-    /// A snapshot's artifacts read as the disks did at its cut.
-    pub fn check_artifacts(&self, order: &Order, contents: &[Content]) {
-        let artifacts = self.artifacts(order);
-        assert_eq!(artifacts.len(), contents.len());
-        for (Artifact { handle, format }, content) in artifacts.iter().zip(contents) {
-            content.check(handle, format).unwrap();
+    /// Takes a snapshot step by step, and returns its tasks, how long the virtual CPUs stood still, and what the disks
+    /// read at the cut. Without a session: its window lets the virtual CPUs stand still for a second and a half at
+    /// most, and LVM that is emulated on a busy machine needs longer.
+    pub async fn snapshot(&self, number: u32) -> Snapshot {
+        let mut tasks = self.steps(number, &[]).await;
+        let pause = self.cut(&tasks).await;
+        let vm = self.vm().await;
+        for task in &mut tasks {
+            Lvm.complete(&vm, &self.sessions.roots, task).await.unwrap();
         }
-    }
-
-    /// Deletes a snapshot and expects it to be gone.
-    pub async fn delete(&self, order: &Order) {
-        let deletion = self.sessions.delete(order).await.unwrap();
-        assert!(deletion.over, "{}: {:?}", order.content, deletion.status.conditions);
+        Snapshot { tasks, pause, contents: self.contents.clone() }
     }
 
     /// The driver's tasks for all disks, planned and prepared.
-    pub async fn steps(&self, parameters: &[(&str, &str)]) -> Vec<DiskTask> {
+    pub async fn steps(&self, number: u32, parameters: &[(&str, &str)]) -> Vec<DiskTask> {
         let vm = self.vm().await;
         let found = disks(&vm, &self.sessions.roots).await.unwrap();
         let mut tasks = vec![];
@@ -182,7 +182,7 @@ impl World {
                 driver: "lvm".into(),
                 reason: String::new(),
                 parameters: all,
-                id: "0123456789ab".into(),
+                id: self.order(number).id(),
                 index,
                 node: disk.node,
                 format: disk.facts.format,
@@ -200,14 +200,16 @@ impl World {
         tasks
     }
 
-    /// What the window does, without one.
-    pub async fn cut(&self, tasks: &[DiskTask]) {
+    /// What the window does, without one; returns how long the virtual CPUs stood still.
+    pub async fn cut(&self, tasks: &[DiskTask]) -> Duration {
         let cut = Lvm.cut(&tasks.iter().collect::<Vec<_>>(), &self.sessions.roots).unwrap();
+        let stopped = Instant::now();
         self.machine().monitor.stop(SOON).await.unwrap();
         for host in &cut.host {
             (host.run)().unwrap();
         }
         self.machine().monitor.cont(SOON).await.unwrap();
+        stopped.elapsed()
     }
 
     /// Takes back what tasks made, until nothing is left.
@@ -216,8 +218,9 @@ impl World {
         let env = Env { vm: Some(&vm), roots: &self.sessions.roots, siblings: &[] };
         for task in tasks {
             let mut steps = 0..MOST_STEPS;
-            while steps.next().is_some() && !matches!(Lvm.remove(&env, task).await.unwrap(), Removal::Done) {}
-            assert!(!steps.is_empty(), "disk {} is not removed", task.disk);
+            while !matches!(Lvm.remove(&env, task).await.unwrap(), Removal::Done) {
+                assert!(steps.next().is_some(), "disk {} is not removed", task.disk);
+            }
         }
     }
 }
