@@ -23,7 +23,7 @@ mod world;
 pub use cache::Cache;
 pub use control_plane::{ControlPlane, Controllers};
 pub use disk::{Disk, Filesystem, Format};
-pub use guest::{Agent, Guest, GuestConfig, Load, Stopped, Style, Verified, verify_by_booting};
+pub use guest::{Agent, Guest, GuestConfig, Load, Stopped, Style, Trouble, Verified, verify_by_booting};
 pub use heartbeat::{Beat, Heartbeat};
 pub use monitor::Monitor;
 pub use ports::free_port;

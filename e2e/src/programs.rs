@@ -1,5 +1,6 @@
 //! The programs under test: operator, node agent and guard, as built, killed and stopped at will.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -169,6 +170,16 @@ impl Program {
             self.kill_9()?;
         }
         self.process = Process::spawn(self.name, &self.invocation, &self.directory)?;
+        Ok(())
+    }
+
+    /// Starts it with one more environment variable, for this life alone; one that still runs is killed first.
+    pub fn restart_with(&mut self, variable: &str, value: impl AsRef<OsStr>) -> Result<()> {
+        if self.is_running()? {
+            self.kill_9()?;
+        }
+        let invocation = self.invocation.clone().env(variable, value);
+        self.process = Process::spawn(self.name, &invocation, &self.directory)?;
         Ok(())
     }
 }

@@ -1,11 +1,14 @@
-//! Named points at which an end-to-end test can crash or stop the agent. Without feature `crash-points` they are nothing.
+//! Named points at which an end-to-end test can crash, stop or hang the agent. Without feature `crash-points` they are
+//! nothing.
 
-/// Crashes or stops the process here if the environment asks for it: `FREEZEFRAME_CRASH_AT=<point>` ends it as a power
-/// cut would, `FREEZEFRAME_STOP_AT=<point>` freezes it, alive but deaf.
+/// Crashes, stops or hangs here if the environment asks for it: `FREEZEFRAME_CRASH_AT=<point>` ends the process as a power
+/// cut would, `FREEZEFRAME_STOP_AT=<point>` freezes it, alive but deaf, and `FREEZEFRAME_HANG_AT=<point>:<file>` blocks
+/// this one thread until the file is there, as a file system that doesn't answer would.
 #[cfg(feature = "crash-points")]
 pub fn point(name: &str) {
     use rustix::process::{Signal, getpid, kill_process};
     let asked = |variable: &str| std::env::var(variable).is_ok_and(|wanted| wanted == name);
+    hang(name);
     let signal = match () {
         () if asked("FREEZEFRAME_CRASH_AT") => Signal::KILL,
         () if asked("FREEZEFRAME_STOP_AT") => Signal::STOP,
@@ -14,6 +17,16 @@ pub fn point(name: &str) {
     tracing::warn!(point = name, "crash point reached");
     if let Err(error) = kill_process(getpid(), signal) {
         tracing::error!(%error, "crash point failed");
+    }
+}
+
+#[cfg(feature = "crash-points")]
+fn hang(name: &str) {
+    let wanted = std::env::var("FREEZEFRAME_HANG_AT").unwrap_or_default();
+    let Some((_, file)) = wanted.split_once(':').filter(|(point, _)| *point == name) else { return };
+    tracing::warn!(point = name, "crash point reached");
+    while !std::path::Path::new(file).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }
 

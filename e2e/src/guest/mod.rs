@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-pub use config::{Agent, GuestConfig, Load, Style};
+pub use config::{Agent, GuestConfig, Load, Style, Trouble};
 pub use verify::{Verified, verify_by_booting};
 
 use crate::{Cache, Heartbeat, Invocation, Monitor, Process, await_condition};
