@@ -73,7 +73,7 @@ async fn a_new_snapshot_costs_three_writes_and_no_read() {
         call.answer(&fixtures::content(&snapshot));
         let call = server.expect(Method::PATCH, "/vmsnapshots/a/status").await;
         assert_eq!(call.content_type, "application/apply-patch+yaml");
-        assert_eq!(call.body["metadata"], json!({"name": "a", "uid": "uid-a"}), "a status owns no metadata");
+        assert_eq!(call.body["metadata"], json!({"name": "a", "resourceVersion": "101"}), "that of our own write");
         assert_eq!((call.body["status"]["phase"].as_str(), &call.body["spec"]), (Some("Preparing"), &Value::Null));
         call.answer(&version(snapshot.clone(), "102"));
         drop(server);
@@ -178,6 +178,21 @@ async fn a_snapshot_that_became_ready_gets_one_event_and_a_lost_event_is_no_erro
     };
     let (result, ()) = tokio::join!(reconcile(&snapshot, &ctx), script);
     result.unwrap();
+}
+
+#[tokio::test]
+async fn a_status_is_not_put_on_a_later_snapshot_of_the_same_name() {
+    let snapshot = fixtures::snapshot("a");
+    let (ctx, mut server, _sources) = operator(vec![snapshot.clone()], vec![]);
+    let script = async {
+        let call = server.expect(Method::PATCH, "/vmsnapshots/a/status").await;
+        assert_eq!(call.body["status"]["phase"], "Failed");
+        assert_eq!(call.body["metadata"]["resourceVersion"], "100", "the server compares it");
+        call.fail(409, "Conflict");
+        drop(server);
+    };
+    let (result, ()) = tokio::join!(reconcile(&snapshot, &ctx), script);
+    assert_eq!(kind(&result), Some(ErrorKind::Conflict));
 }
 
 #[tokio::test]

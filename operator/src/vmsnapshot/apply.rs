@@ -15,7 +15,7 @@ use crate::events;
 
 /// Does what was planned, in order. Each write may be repeated: a reconcile that broke off begins from the top.
 pub async fn apply(snapshot: &VMSnapshot, actions: Vec<Action>, ctx: &Context) -> Result<(), Error> {
-    let writer = Writer { snapshot, ctx };
+    let mut writer = Writer { version: snapshot.resource_version(), snapshot, ctx };
     for action in actions {
         match action {
             Action::AddFinalizer => writer.add_finalizer().await?,
@@ -32,16 +32,18 @@ pub async fn apply(snapshot: &VMSnapshot, actions: Vec<Action>, ctx: &Context) -
 struct Writer<'a> {
     snapshot: &'a VMSnapshot,
     ctx: &'a Context,
+    /// The version of the snapshot that the plan is about, or that our own last write made of it.
+    version: Option<String>,
 }
 
 impl Writer<'_> {
-    async fn add_finalizer(&self) -> Result<(), Error> {
+    async fn add_finalizer(&mut self) -> Result<(), Error> {
         let mut finalizers = self.snapshot.finalizers().to_vec();
         finalizers.push(SNAPSHOT_FINALIZER.to_owned());
         self.replace_finalizers("adding the snapshot's finalizer", finalizers).await.map(drop)
     }
 
-    async fn remove_finalizer(&self) -> Result<(), Error> {
+    async fn remove_finalizer(&mut self) -> Result<(), Error> {
         let mut finalizers = self.snapshot.finalizers().to_vec();
         finalizers.retain(|finalizer| finalizer != SNAPSHOT_FINALIZER);
         let result = self.replace_finalizers("removing the snapshot's finalizer", finalizers).await;
@@ -52,15 +54,15 @@ impl Writer<'_> {
     }
 
     /// The list is replaced as a whole, so the object must be the very version that it was read from.
-    async fn replace_finalizers(&self, doing: &'static str, finalizers: Vec<String>) -> Result<VMSnapshot, Error> {
+    async fn replace_finalizers(&mut self, doing: &'static str, finalizers: Vec<String>) -> Result<VMSnapshot, Error> {
         let metadata = json!({
             "uid": self.snapshot.metadata.uid,
-            "resourceVersion": self.snapshot.metadata.resource_version,
+            "resourceVersion": self.version,
             "finalizers": finalizers,
         });
         let patch = Patch::Merge(json!({"metadata": metadata}));
         let written = bounded(doing, self.snapshots().patch(&self.snapshot.name_any(), &by_operator(), &patch)).await?;
-        self.ctx.written.remember(&written);
+        self.remember(&written);
         Ok(written)
     }
 
@@ -72,26 +74,32 @@ impl Writer<'_> {
         Ok(())
     }
 
-    async fn write_status(&self, status: &VMSnapshotStatus) -> Result<(), Error> {
+    async fn write_status(&mut self, status: &VMSnapshotStatus) -> Result<(), Error> {
         let name = self.snapshot.name_any();
         let patch = Patch::Apply(self.status_patch(status));
         let (api, params) = (self.snapshots(), by_operator().force());
         // Forced: nobody else has a say in the status of a snapshot.
         let result = bounded("writing the snapshot's status", api.patch_status(&name, &params, &patch)).await;
         let Some(written) = unless_gone(result)? else { return Ok(()) };
-        self.ctx.written.remember(&written);
+        self.remember(&written);
         self.announce(status).await;
         Ok(())
     }
 
-    /// The UID keeps the status of a snapshot off another one of the same name.
+    /// The version keeps the status of a snapshot off a later one of the same name: of a UID, the server takes no notice
+    /// in a write of the status.
     fn status_patch(&self, status: &VMSnapshotStatus) -> Value {
         json!({
             "apiVersion": VMSnapshot::api_version(&()),
             "kind": VMSnapshot::kind(&()),
-            "metadata": {"name": self.snapshot.name_any(), "uid": self.snapshot.metadata.uid},
+            "metadata": {"name": self.snapshot.name_any(), "resourceVersion": self.version},
             "status": status,
         })
+    }
+
+    fn remember(&mut self, written: &VMSnapshot) {
+        self.version = written.resource_version();
+        self.ctx.written.remember(written);
     }
 
     async fn announce(&self, status: &VMSnapshotStatus) {

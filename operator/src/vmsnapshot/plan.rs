@@ -69,18 +69,20 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     }
 }
 
-/// What failed stays failed, and has nothing left to keep unless the node has taken everything back by itself.
+/// What failed stays failed. A node that was given up on is told to undo what it may have done; after any other failure
+/// it did so by itself, and what it reports as whole is nobody's to delete on the word of a status.
 fn stay_failed(snapshot: &VMSnapshot, content: &ContentState, now: Timestamp) -> Plan {
     let told = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::READY));
     let reason = told.map_or(reasons::CUT_FAILED, |condition| &condition.reason);
     let message = told.map_or(String::new(), |condition| condition.message.clone());
     let mut plan = fail(snapshot, reason, message, now);
+    let overdue = reason == reasons::DEADLINE_EXCEEDED;
     match content {
         ContentState::Own(content) if content.metadata.deletion_timestamp.is_some() => {}
-        ContentState::Own(content) if phase(content) == Some(ContentPhase::Failed) => {
-            plan.actions.extend(carry_policy(snapshot, content));
+        ContentState::Own(content) if overdue && phase(content) != Some(ContentPhase::Failed) => {
+            plan.actions.extend(undo_actions(content));
         }
-        ContentState::Own(content) => plan.actions.extend(undo_actions(content)),
+        ContentState::Own(content) => plan.actions.extend(carry_policy(snapshot, content)),
         ContentState::Absent | ContentState::Foreign => {}
     }
     plan

@@ -230,6 +230,14 @@ fn the_content_of_a_snapshot_that_failed_by_its_deadline_is_deleted_even_after_a
 }
 
 #[test]
+fn no_data_is_deleted_on_the_word_of_a_status_that_gives_no_reason_for_it() {
+    let failed = snapshot("a").finalized().phase(Phase::Failed);
+    let report = reported(&failed, ContentPhase::Ready, reasons::COMPLETED);
+    let plan = plan(&with_content(failed, report), at(80));
+    assert!(matches!(plan.actions[..], [Action::WriteStatus(_)]), "{plan:?}");
+}
+
+#[test]
 fn a_failed_snapshot_still_tells_that_it_has_seen_a_change_of_its_spec() {
     let failed = snapshot("a").finalized();
     let mut failed = after(failed.clone(), &plan(&Observed { target: None, ..observed(failed) }, at(60)));
