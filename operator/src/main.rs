@@ -28,9 +28,9 @@ async fn main() -> Result<()> {
     let (metrics, readiness, mut registry) = (Metrics::default(), Readiness::default(), Registry::default());
     metrics.register(&mut registry);
     registry.register_collector(Box::new(PhaseGauge(caches.snapshots.clone())));
+    let reachable = readiness.gate("cluster");
     let server = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness.clone()).await?;
     let serving = tokio::spawn(server.serve(shutdown.token()));
-    let reachable = readiness.gate("cluster");
     client.apiserver_version().await.context("asking the cluster for its version")?;
     reachable.open();
     let context = Arc::new(Context::new(client.clone(), caches, metrics, Some(args.identity.clone())));
