@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::protocol::{self, Lines, Refusal, Reply, Request};
 use crate::record::{Invalid, Record};
@@ -26,6 +26,7 @@ pub struct Guard {
 #[derive(Debug)]
 pub struct Window {
     disarm: Option<oneshot::Sender<()>>,
+    end: watch::Sender<Option<Instant>>,
     lost: watch::Receiver<bool>,
     heartbeat: JoinHandle<Result<(), Error>>,
 }
@@ -53,6 +54,9 @@ pub enum Error {
     /// The guard closed the connection: it has taken over, or it died.
     #[error("the guard closed the window")]
     Closed,
+    /// The window was held for longer than it may be, and the guard has it now.
+    #[error("the window was held for too long and is the guard's now")]
+    GivenUp,
     /// The guard's answer belongs to another question.
     #[error("the guard gave an answer that does not fit")]
     Unexpected,
@@ -106,12 +110,22 @@ impl Window {
     fn open(lines: Lines) -> Self {
         let (disarm, told) = oneshot::channel();
         let (losing, lost) = watch::channel(false);
+        let (end, ends) = watch::channel(None);
         let heartbeat = tokio::spawn(async move {
-            let ended = keep_alive(lines, told).await;
+            let ended = tokio::select! {
+                ended = keep_alive(lines, told) => ended,
+                () = given_up(ends) => Err(Error::GivenUp),
+            };
             losing.send_replace(true);
             ended
         });
-        Self { disarm: Some(disarm), lost, heartbeat }
+        Self { disarm: Some(disarm), end, lost, heartbeat }
+    }
+
+    /// Hands the guest over to the guard unless the window has ended by then. It does so too while the caller's own
+    /// task hangs in a system call, which is what it is for: a heartbeat alone would hide that.
+    pub fn give_up_after(&self, limit: Duration) {
+        self.end.send_replace(Some(Instant::now() + limit));
     }
 
     /// Ends the window: the guest was seen thawed and running. On an error the guard may act on the VM still.
@@ -130,6 +144,12 @@ impl Window {
         }
     }
 
+    /// Whether the guard is no longer with us, see [`Window::lost`].
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        *self.lost.borrow()
+    }
+
     /// Hands the guest over to the guard, at once.
     pub fn abandon(self) {}
 }
@@ -137,6 +157,23 @@ impl Window {
 impl Drop for Window {
     fn drop(&mut self) {
         self.heartbeat.abort();
+    }
+}
+
+/// Resolves at the instant set last; never while none is, and never once the window is gone.
+async fn given_up(mut ends: watch::Receiver<Option<Instant>>) {
+    loop {
+        let end = *ends.borrow_and_update();
+        let over = async {
+            match end {
+                Some(end) => sleep_until(end).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = over => return,
+            Ok(()) = ends.changed() => {}
+        }
     }
 }
 
