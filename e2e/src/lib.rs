@@ -15,6 +15,7 @@ mod monitor;
 mod ports;
 mod process;
 mod programs;
+pub mod snapshots;
 mod tool;
 mod wait;
 pub mod witness;
