@@ -99,6 +99,18 @@ async fn a_passed_deadline_thaws_although_the_client_is_alive() {
 }
 
 #[tokio::test]
+async fn a_window_held_for_too_long_goes_to_the_guard_while_its_holder_does_nothing() {
+    let (vm, harness) = (FakeVm::start("db"), Harness::start());
+    let window = harness.guard().arm(vm.record(), &[]).await.unwrap();
+    window.give_up_after(Duration::from_secs(3600));
+    assert!(!window.is_lost());
+    window.give_up_after(Duration::from_millis(10));
+    vm.thawed().await;
+    soon(window.lost()).await;
+    assert!(matches!(window.disarm().await, Err(Error::GivenUp)));
+}
+
+#[tokio::test]
 async fn a_second_window_for_the_same_vm_is_refused() {
     let (vm, other, harness) = (FakeVm::start("db"), FakeVm::start("web"), Harness::start());
     let window = harness.guard().arm(vm.record(), &[]).await.unwrap();
@@ -172,9 +184,10 @@ async fn hostile_lines_are_refused_and_leave_nothing_behind() {
 
 #[tokio::test]
 async fn a_line_without_an_end_is_not_read_to_its_end() {
-    let harness = Harness::start();
+    let harness = Harness::start_in(TempDir::new().unwrap(), Timing { silence: Duration::from_secs(60), ..timing() });
     let mut stream = UnixStream::connect(harness.socket()).await.unwrap();
-    let written = soon(stream.write_all(&vec![b'x'; 4 * 1024 * 1024])).await;
+    // Far more than the limit and what the kernel buffers together.
+    let written = soon(stream.write_all(&vec![b'x'; 1024 * 1024])).await;
     written.expect_err("the guard hangs up long before");
 }
 
