@@ -1,10 +1,12 @@
 //! Everything one does with this repository, with nothing but cargo: `cargo xtask --help`.
 
 mod codegen;
+mod demo;
 mod lint;
 mod progress;
 mod setup;
 mod test;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -22,6 +24,8 @@ struct Arguments {
 enum Command {
     /// Install and build what the end-to-end tests need; seconds when all is there
     Setup,
+    /// Take a snapshot of a writing guest, before your eyes, and prove it
+    Demo(demo::Options),
     /// Write CRDs and other generated files
     Codegen {
         /// Write nothing; fail if a file is not as it would be written
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Setup => setup::run()?,
+        Command::Demo(options) => demo::run(&options)?,
         Command::Codegen { check } => codegen::run(check)?,
         Command::Lint => lint::run()?,
         Command::Test(options) => return Ok(test::run(&options)),
