@@ -51,9 +51,11 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     step
 }
 
-/// The name is free: nothing was made, or the file went on under another name. Only nodes can be left.
+/// The name is free: nothing was made, or the file went on under another name. Only nodes and a job can be left.
 async fn close_leftovers(env: &Env<'_>, state: &State) -> Result<Removal> {
     if let Some(vm) = env.vm {
+        // The job of a merge that ended with a switch is the proof that it did, until here.
+        jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
         close_unused(vm, state).await?;
     }
     Ok(Removal::Done)
