@@ -16,6 +16,7 @@ use super::journal::{JournalError, SessionRecord};
 use super::proved;
 use super::window::{Measured, WindowError};
 use crate::drivers::{DiskTask, DriverError};
+use crate::hypervisor::OpenError;
 
 /// Why a session ended without a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +46,16 @@ impl Failure {
         Self::new(reasons::CANCELLED, "the snapshot was deleted while it was taken")
     }
 
+    /// The VM's monitor couldn't be used once the cut was done.
+    #[must_use]
+    pub fn after_cut_unreachable(error: &OpenError) -> Self {
+        let reason = match error {
+            OpenError::NotRunning(_) => reasons::VM_NOT_RUNNING,
+            OpenError::Monitor { .. } => reasons::VM_BUSY,
+        };
+        Self::new(reason, chain(error))
+    }
+
     /// A driver failed once the cut was done.
     #[must_use]
     pub fn after_cut(error: &DriverError) -> Self {
@@ -71,18 +82,22 @@ impl From<DriverError> for Failure {
 
 impl From<WindowError> for Failure {
     fn from(error: WindowError) -> Self {
-        let reason = match &error {
-            WindowError::Arm(_) | WindowError::GuardLost => reasons::GUARD_UNAVAILABLE,
-            WindowError::Freeze(_) => reasons::FREEZE_FAILED,
-            WindowError::FreezeTimeout(_) => reasons::FREEZE_TIMED_OUT,
-            WindowError::FrozeTooLittle { .. } => reasons::NOTHING_FROZEN,
-            WindowError::HoldExceeded(_) => reasons::WINDOW_BROKEN,
-            WindowError::ThawOwed(_) | WindowError::ResumeOwed(_) => reasons::THAW_OWED,
-            WindowError::Pause(_) | WindowError::Cut(_) | WindowError::Exchange(_) | WindowError::Switch(_) => {
-                reasons::CUT_FAILED
-            }
-        };
-        Self::new(reason, chain(&error))
+        Self::new(reason_of(&error), chain(&error))
+    }
+}
+
+fn reason_of(error: &WindowError) -> &'static str {
+    match error {
+        WindowError::Arm(_) | WindowError::GuardLost => reasons::GUARD_UNAVAILABLE,
+        WindowError::Freeze(_) => reasons::FREEZE_FAILED,
+        WindowError::FreezeTimeout(_) => reasons::FREEZE_TIMED_OUT,
+        WindowError::FrozeTooLittle { .. } => reasons::NOTHING_FROZEN,
+        WindowError::HoldExceeded(_) => reasons::WINDOW_BROKEN,
+        WindowError::ThawOwed(_) | WindowError::ResumeOwed(_) => reasons::THAW_OWED,
+        WindowError::Owed { cause, .. } => reason_of(cause),
+        WindowError::Pause(_) | WindowError::Cut(_) | WindowError::Exchange(_) | WindowError::Switch(_) => {
+            reasons::CUT_FAILED
+        }
     }
 }
 

@@ -24,6 +24,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use super::outcome::chain;
 use crate::crash;
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Switch};
@@ -31,10 +32,15 @@ use crate::hypervisor::Vm;
 
 /// Bound of resuming, and of one attempt to thaw.
 const LET_GO: Duration = Duration::from_secs(2);
+/// Bound of looking what became of a cut, while the guest waits.
+const LOOK: Duration = Duration::from_millis(500);
+/// Held for longer than the order allows plus this, the guest is the guard's: the code below may hang in a system call
+/// that no timeout ends, while the heartbeat goes on.
+const HOLD_SLACK: Duration = Duration::from_millis(1200);
 /// What the guard's deadline has beyond the sum of ours: it acts when we failed to.
 const GUARD_SLACK: Duration = Duration::from_secs(1);
-/// How long the last step of a merge may take while the virtual CPUs are stopped.
-const SWITCH_BOUND: Duration = Duration::from_millis(1500);
+/// How long anything may take while the virtual CPUs are stopped.
+const PAUSE_BOUND: Duration = Duration::from_millis(1500);
 
 /// What is to be done in a window.
 #[derive(Clone, Debug)]
@@ -125,10 +131,19 @@ pub enum WindowError {
     /// The last step of a merge failed.
     #[error("the merge's last step failed")]
     Switch(#[source] DriverError),
+    /// One thing went wrong, and then the guest couldn't be let go.
+    #[error("{}; and then {}", chain(cause), chain(owed))]
+    Owed {
+        /// What went wrong first.
+        cause: Box<WindowError>,
+        /// Why the guard goes on.
+        owed: Box<WindowError>,
+    },
 }
 
 impl WindowError {
-    /// Whether nothing but the freeze went wrong, so that a cut without it may be tried.
+    /// Whether nothing but the freeze went wrong, so that a cut without it may be tried. Not if the thaw is owed: the
+    /// guard has the VM then.
     #[must_use]
     pub fn is_of_the_freeze(&self) -> bool {
         matches!(self, Self::Freeze(_) | Self::FreezeTimeout(_) | Self::FrozeTooLittle { .. })
@@ -142,22 +157,33 @@ pub async fn run(vm: &mut Vm, guard: &Guard, plan: &Plan) -> Result<Measured, Wi
     let mut hold = Hold::default();
     let lost = armed.lost();
     let cut = tokio::select! {
-        cut = hold.cut(vm, &armed, plan) => cut,
+        biased;
         () = lost => Err(WindowError::GuardLost),
+        cut = hold.cut(vm, &armed, plan) => cut,
     };
     crash::point("cut");
     let let_go = hold.let_go(vm, &armed, plan).await;
     crash::point("thawed");
-    // If the guest is free, the obligation ends; a guard that can't be told any more will see that for itself.
-    match let_go {
-        Ok(()) => armed.disarm().await.unwrap_or_else(|error| tracing::warn!(%error, "the guard was not told")),
-        Err(error) => {
+    end(armed, cut, let_go).await?;
+    Ok(hold.measured())
+}
+
+/// If the guest is free, the obligation ends; a guard that can't be told any more will see that for itself.
+async fn end(armed: Window, done: Result<(), WindowError>, let_go: Result<(), WindowError>) -> Result<(), WindowError> {
+    match (done, let_go) {
+        (done, Ok(())) => {
+            armed.disarm().await.unwrap_or_else(|error| tracing::warn!(%error, "the guard was not told"));
+            done
+        }
+        (Ok(()), Err(owed)) => {
             armed.abandon();
-            return Err(error);
+            Err(owed)
+        }
+        (Err(cause), Err(owed)) => {
+            armed.abandon();
+            Err(WindowError::Owed { cause: Box::new(cause), owed: Box::new(owed) })
         }
     }
-    cut?;
-    Ok(hold.measured())
 }
 
 /// The last step of merging an active layer: the job completes and its file takes the disk's name while no virtual
@@ -169,7 +195,7 @@ pub async fn switch(vm: &mut Vm, guard: &Guard, id: String, switch: &Switch) -> 
         freeze: None,
         pause: true,
         running,
-        max_hold: SWITCH_BOUND,
+        max_hold: PAUSE_BOUND,
         actions: vec![],
         exchanges: vec![switch.exchange.clone()],
     };
@@ -177,14 +203,8 @@ pub async fn switch(vm: &mut Vm, guard: &Guard, id: String, switch: &Switch) -> 
     let mut hold = Hold::default();
     let done = hold.switch(vm, &armed, &plan, switch.job.as_deref()).await;
     crash::point("switched");
-    match hold.let_go(vm, &armed, &plan).await {
-        Ok(()) => armed.disarm().await.unwrap_or_else(|error| tracing::warn!(%error, "the guard was not told")),
-        Err(error) => {
-            armed.abandon();
-            return Err(error);
-        }
-    }
-    done
+    let let_go = hold.let_go(vm, &armed, &plan).await;
+    end(armed, done, let_go).await
 }
 
 async fn arm(vm: &Vm, guard: &Guard, plan: &Plan) -> Result<Window, WindowError> {
@@ -226,9 +246,11 @@ impl Hold {
         if let Some(freeze) = &plan.freeze {
             self.freeze(vm, armed, freeze).await?;
         }
+        armed.give_up_after(plan.max_hold + HOLD_SLACK);
         crash::point("frozen");
         let left = plan.max_hold.saturating_sub(self.held());
-        timeout(left, self.cut_held(vm, armed, plan)).await.unwrap_or(Err(WindowError::HoldExceeded(plan.max_hold)))
+        let left = if plan.pause { left.min(PAUSE_BOUND) } else { left };
+        timeout(left, self.cut_held(vm, armed, plan)).await.unwrap_or(Err(WindowError::HoldExceeded(left)))
     }
 
     async fn freeze(&mut self, vm: &mut Vm, armed: &Window, freeze: &Freeze) -> Result<(), WindowError> {
@@ -257,6 +279,7 @@ impl Hold {
     }
 
     async fn switch(&mut self, vm: &Vm, armed: &Window, plan: &Plan, job: Option<&str>) -> Result<(), WindowError> {
+        armed.give_up_after(plan.max_hold + HOLD_SLACK);
         self.pause(vm, armed, plan).await?;
         if let Some(job) = job {
             self.cut_sent = true;
@@ -304,14 +327,27 @@ impl Hold {
         }
         if self.freeze_sent {
             self.frozen_for = self.frozen_at.map(|at| at.elapsed());
-            self.thawed = thaw(vm, armed, self.frozen_at.is_some()).await.map_err(WindowError::ThawOwed)?;
+            self.thawed = self.thaw(vm, armed, plan).await.map_err(WindowError::ThawOwed)?;
         }
         Ok(())
     }
 
+    /// Thaws once; or, when the guard died, for as long as the freeze may take: nobody else is left who would.
+    async fn thaw(&self, vm: &mut Vm, armed: &Window, plan: &Plan) -> Result<Option<u64>, QemuError> {
+        let alone = plan.freeze.as_ref().map_or(Duration::ZERO, |freeze| freeze.timeout) + LET_GO;
+        let give_up = Instant::now() + alone;
+        loop {
+            match thaw(vm, armed, self.frozen_at.is_some()).await {
+                // A guard that took over has shut our sockets down, and the error is another.
+                Err(QemuError::Timeout { .. }) if armed.is_lost() && Instant::now() < give_up => {}
+                thawed => return thawed,
+            }
+        }
+    }
+
     /// The cut's answer never came or said no: the graph tells whether it happened, and the names must follow it.
     async fn exchange_if_cut(&mut self, vm: &Vm, plan: &Plan) {
-        let graph = match timeout(LET_GO, vm.graph()).await {
+        let graph = match timeout(LOOK, vm.graph()).await {
             Ok(Ok(graph)) => graph,
             // QEMU doesn't answer. The guest must go on all the same; recovery looks again.
             Ok(Err(error)) => return tracing::error!(%error, "the block graph can't be read after a failed cut"),
@@ -339,8 +375,8 @@ impl Hold {
 
 async fn resume(vm: &Vm, armed: &Window) -> Result<(), QemuError> {
     // Somebody else may have resumed it, or an I/O error may hold it: only our own `paused` is ours to end.
-    match vm.run_state().await {
-        Ok(state) if state.status != "paused" => Ok(()),
+    match timeout(LOOK, vm.run_state()).await {
+        Ok(Ok(state)) if state.status != "paused" => Ok(()),
         _ => vm.resume(armed, LET_GO).await,
     }
 }
