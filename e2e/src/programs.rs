@@ -159,6 +159,19 @@ impl Program {
         Ok(())
     }
 
+    /// SIGTERM, and doesn't wait.
+    pub fn ask_to_end(&mut self) -> Result<()> {
+        self.process.signal(Signal::TERM)
+    }
+
+    /// Waits until it has ended by itself; fails if that was not with success.
+    pub async fn await_success(&mut self) -> Result<()> {
+        let what = format!("the {} to end", self.name);
+        let status = await_condition(&what, TERMINATED, async || self.process.exit_status()).await?;
+        ensure!(status.success(), "{} ended with {status}", self.name);
+        Ok(())
+    }
+
     /// Whether it runs; a stopped one does.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.process.exit_status()?.is_none())
