@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use freezeframe_qemu::{BlockGraph, Node};
 use freezeframe_qemu::{FdSet, Qmp, Result as QemuResult};
 use rustix::fs::OFlags;
+use serde_json::{Value, json};
 use std::os::fd::AsFd;
 
 use super::QMP_TIMEOUT;
@@ -139,20 +140,68 @@ pub async fn hand_over(qmp: &Qmp, directory: &ImageDirectory, name: &str) -> Res
     let id = directory.id(name)?.ok_or_else(|| ImageError::NotRegular(path.clone()))?;
     let sets = qmp.query_fdsets(QMP_TIMEOUT).await.map_err(refused)?;
     let number = sets.iter().map(|set| set.id + 1).max().unwrap_or(0).max(FIRST_FDSET);
+    add_both(qmp, directory, name, id, number).await?;
+    Ok(format!("{FDSET_PREFIX}{number}"))
+}
+
+/// Gives QEMU fresh descriptors for a file that it holds by descriptor; whether it does.
+///
+/// QEMU's image locks belong to an open file description. A node that switches between read-write and read-only leaves
+/// its locks behind on the one that it used before, which lives on in the set: the next switch would find the image
+/// locked, by itself. Replaced, it is closed, and its locks go.
+pub async fn renew(qmp: &Qmp, directory: &ImageDirectory, name: &str) -> Result<bool, HandOverError> {
+    let path = directory.join(name);
+    let refused = |source| HandOverError::Qemu { path: path.clone(), source };
+    let id = directory.id(name)?.ok_or_else(|| ImageError::NotRegular(path.clone()))?;
+    let sets = qmp.query_fdsets(QMP_TIMEOUT).await.map_err(refused)?;
+    let holds = |set: &FdSet| set.fds.iter().any(|fd| file_of(fd.opaque.as_deref()) == Some(id));
+    let held: Vec<_> = sets.into_iter().filter(holds).collect();
+    for set in &held {
+        add_both(qmp, directory, name, id, set.id).await?;
+        for old in &set.fds {
+            let old = json!({"fdset-id": set.id, "fd": old.fd});
+            qmp.execute::<Value>("remove-fd", old, QMP_TIMEOUT).await.map_err(refused)?;
+        }
+    }
+    Ok(!held.is_empty())
+}
+
+fn file_of(opaque: Option<&str>) -> Option<FileId> {
+    parse_opaque(opaque?).and_then(|file| file.id())
+}
+
+async fn add_both(
+    qmp: &Qmp,
+    directory: &ImageDirectory,
+    name: &str,
+    id: FileId,
+    number: i64,
+) -> Result<(), HandOverError> {
+    let text = opaque(id, directory.path());
     for access in [OFlags::RDWR, OFlags::RDONLY] {
         let file = directory.open(name, access)?;
-        let text = opaque(id, directory.path());
+        let refused = |source| HandOverError::Qemu { path: directory.join(name), source };
         qmp.add_fd(number, &text, file.as_fd(), QMP_TIMEOUT).await.map_err(refused)?;
     }
-    Ok(format!("{FDSET_PREFIX}{number}"))
+    Ok(())
 }
 
 /// Takes back every set that holds `id`; QEMU closes its descriptors when no node uses them any more.
 pub async fn take_back(qmp: &Qmp, id: FileId) -> QemuResult<()> {
     for set in qmp.query_fdsets(QMP_TIMEOUT).await? {
-        let ours =
-            set.fds.iter().any(|fd| fd.opaque.as_deref().and_then(parse_opaque).and_then(|file| file.id()) == Some(id));
-        if ours {
+        if set.fds.iter().any(|fd| file_of(fd.opaque.as_deref()) == Some(id)) {
+            qmp.remove_fdset(set.id, QMP_TIMEOUT).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes back every set of ours that no node uses any more.
+pub async fn take_back_unused(qmp: &Qmp, graph: &BlockGraph) -> QemuResult<()> {
+    for set in qmp.query_fdsets(QMP_TIMEOUT).await? {
+        let ours = set.fds.iter().any(|fd| fd.opaque.as_deref().and_then(parse_opaque).is_some());
+        let name = format!("{FDSET_PREFIX}{}", set.id);
+        if ours && graph.nodes().all(|node| node.file != name) {
             qmp.remove_fdset(set.id, QMP_TIMEOUT).await?;
         }
     }

@@ -21,12 +21,12 @@ use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 
-use super::prepare::{dependents, forget_node, pin};
+use super::prepare::{dependents, forget_node, pin, replace_base};
 use super::state::{Merging, State};
 use super::{DiskTask, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
-use crate::hypervisor::graph::{NodeFile, node_files, take_back, working_directory};
+use crate::hypervisor::graph::{NodeFile, node_files, renew, take_back_unused, working_directory};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -71,6 +71,9 @@ async fn give_up_layer(env: &Env<'_>, directory: &ImageDirectory, state: &State)
             return Ok(Removal::Again);
         }
         close_unused(vm, state).await?;
+    } else {
+        // A QEMU whose monitor is out of reach still has its image locked.
+        crate::drivers::qemu_img(&["info"], &directory.join(&state.layer), None).await?;
     }
     directory.unlink(&state.layer)?;
     Ok(Removal::Done)
@@ -88,15 +91,16 @@ fn exchange_names(state: &State) -> Result<()> {
     exchange.apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
 }
 
-/// Closes our nodes that no disk uses.
+/// Closes nodes that a merge or a cut that never was left without a user, and takes the descriptors back that no node
+/// holds any more. QEMU refuses to close one that is in use.
 async fn close_unused(vm: &Vm, state: &State) -> Result<()> {
-    for node in [state.layer_node(), state.layer_file_node()] {
-        forget_node(vm, Some(&node)).await;
+    let ours = [state.layer_node(), state.layer_file_node(), state.base_node_by_descriptor(), state.base_file_node()];
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    for node in state.closing.iter().chain(&ours).filter(|node| graph.node(node).is_some()) {
+        forget_node(vm, Some(node)).await;
     }
-    if let Some(overlay) = state.overlay {
-        take_back(vm.qmp(), overlay).await.map_err(qemu("take the layer's descriptors back"))?;
-    }
-    Ok(())
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    take_back_unused(vm.qmp(), &graph).await.map_err(qemu("take back descriptors that no node uses"))
 }
 
 /// The data of the snapshot above is in this file now: its record follows, then its old file goes.
@@ -106,12 +110,18 @@ async fn hand_on(env: &Env<'_>, directory: &ImageDirectory, state: &State, mergi
         return Ok(Removal::Moved { from, to });
     }
     if directory.holds(&merging.above, merging.above_id)? {
+        sync_images(directory, state)?;
         directory.unlink(&merging.above)?;
     }
-    if let Some(vm) = env.vm {
-        take_back(vm.qmp(), merging.above_id).await.map_err(qemu("take the merged layer's descriptors back"))?;
+    close_leftovers(env, state).await
+}
+
+/// Makes durable what a merge wrote, headers above all, before a file goes that they named until a moment ago.
+fn sync_images(directory: &ImageDirectory, state: &State) -> Result<()> {
+    for name in dependents(directory, state.base)?.iter().chain([&state.layer]) {
+        directory.sync_file(name)?;
     }
-    Ok(Removal::Done)
+    Ok(())
 }
 
 /// The chain of the disk that holds the snapshot's file, top first, and where in it the file is.
@@ -130,7 +140,9 @@ impl<'a> Place<'a> {
         for disk in graph.disks() {
             let (Some(root), Some(top)) = (&disk.root, &disk.top) else { continue };
             let chain = graph.chain(top);
-            if let Some(at) = chain.iter().position(|node| holds(node, &files, state)) {
+            let above = |at: usize| at.checked_sub(1).map(|above| chain[above]);
+            let found = chain.iter().enumerate().position(|(at, node)| holds(node, above(at), &files, state));
+            if let Some(at) = found {
                 return Ok(Some(Place { root: root.clone(), chain, files, at }));
             }
         }
@@ -151,11 +163,13 @@ impl<'a> Place<'a> {
     }
 }
 
-/// A stale node's file isn't certain by itself, but the node that was the disk at our own cut holds our base.
-fn holds(node: &Node, files: &HashMap<String, NodeFile>, state: &State) -> bool {
+/// A stale node's file isn't certain by itself, but the node that was the disk at our own cut, and is right below our
+/// own layer, holds our base. Its name alone says nothing: QEMU may make up the same one after a restart.
+fn holds(node: &Node, above: Option<&Node>, files: &HashMap<String, NodeFile>, state: &State) -> bool {
     let file = node.file_child.as_ref().and_then(|child| files.get(child)).or_else(|| files.get(&node.name));
+    let below_our_layer = above.is_some_and(|above| above.name == state.layer_node());
     match file {
-        Some(NodeFile::Stale) => node.name == state.base_node,
+        Some(NodeFile::Stale) => below_our_layer && node.name == state.base_node,
         Some(file) => file.id() == Some(state.base),
         None => false,
     }
@@ -166,14 +180,14 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
     let place = Place::find(env, vm, &graph, state).await?;
     if let Some(merging) = &mut state.merging {
         let above = merging.above_id;
-        let still_there = place.as_ref().is_some_and(|place| place.at > 0 && place.id(place.at - 1) == Some(above));
+        let place = place.as_ref().filter(|place| place.at > 0);
+        let still_there = place.is_some_and(|place| place.id(place.at - 1) == Some(above));
         if !still_there {
-            merging.done = true;
-            jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+            merging.check_done(directory, state.base)?;
             return Ok(Removal::Again);
         }
     }
-    let Some(place) = place else { return unlink_unused(env, directory, state) };
+    let Some(place) = place else { return unlink_unused(env, directory, state).await };
     if place.at == 0 {
         return finish_active(vm, directory, state, &place).await;
     }
@@ -181,23 +195,33 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
     if pin_if_stale(env, vm, &graph, &place, state).await? {
         return Ok(Removal::Again);
     }
+    renew_all(env, vm, &place).await?;
     match (place.may_become_writable(place.at), place.at) {
-        (true, 1) => commit_active(vm, directory, state, &place).await,
+        (true, 1) => commit_active(env, vm, directory, state, &graph, &place).await,
         (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
         (false, at) => stream_up(vm, directory, state, &place, at).await,
     }
 }
 
+/// A merge switches files of the chain to writable: none may be locked by what QEMU did before.
+async fn renew_all(env: &Env<'_>, vm: &Vm, place: &Place<'_>) -> Result<()> {
+    for at in 0..place.chain.len() {
+        let Some(NodeFile::Pinned { id, directory }) = place.file(at) else { continue };
+        let directory = env.roots.directory(directory)?;
+        renew(vm.qmp(), &directory, &name_of(&directory, Some(*id))?).await?;
+    }
+    Ok(())
+}
+
 /// No image of the running VM is this file. If no other image needs it either, it goes.
-fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State) -> Result<Removal> {
+async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State) -> Result<Removal> {
     let needed_by = dependents(directory, state.base)?;
     if let Some(name) = needed_by.first() {
         let file = directory.join(&state.layer);
         return Err(DriverError::NotNow(format!("{} needs {}, which its VM doesn't have open", name, file.display())));
     }
-    debug_assert!(env.vm.is_some(), "a stopped VM's layers are merged offline");
     directory.unlink(&state.layer)?;
-    Ok(Removal::Done)
+    close_leftovers(env, state).await
 }
 
 /// The file is what the VM runs on. After our own switch only the name and the job's record are left to do; otherwise
@@ -233,16 +257,57 @@ async fn pin_if_stale(env: &Env<'_>, vm: &Vm, graph: &BlockGraph, place: &Place<
 }
 
 /// Merges the active layer; the last step is the window's.
-async fn commit_active(vm: &Vm, directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<Removal> {
+async fn commit_active(
+    env: &Env<'_>,
+    vm: &Vm,
+    directory: &ImageDirectory,
+    state: &mut State,
+    graph: &BlockGraph,
+    place: &Place<'_>,
+) -> Result<Removal> {
+    if hold_base_by_descriptor(env, vm, graph, state, place).await? {
+        return Ok(Removal::Again);
+    }
+    state.closing = nodes_of(place.chain[0]);
     let arguments = json!({
         "job-id": state.job(),
         "device": place.root,
+        // Without it, a filter above the layer would be merged away with it.
+        "top-node": place.chain[0].name,
         "base-node": place.chain[place.at].name,
         "auto-dismiss": false,
     });
     start(vm, state, "block-commit", &arguments).await?;
     jobs::wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
     switch(directory, state, Some(state.job()), place)
+}
+
+/// A base that QEMU opened by itself would become the disk under a name that is about to go, and could never be cut
+/// again: a node of ours takes its place first. Where that can't be, the merge is sound all the same.
+async fn hold_base_by_descriptor(
+    env: &Env<'_>,
+    vm: &Vm,
+    graph: &BlockGraph,
+    state: &State,
+    place: &Place<'_>,
+) -> Result<bool> {
+    let (top, base) = (place.chain[0], place.chain[place.at]);
+    let started = jobs::find(vm.qmp(), &state.job()).await?.is_some();
+    if started || !base.auto_named || top.auto_named || graph.node(&state.base_node_by_descriptor()).is_some() {
+        return Ok(false);
+    }
+    match replace_base(vm, env.roots, top, base, state).await {
+        Ok(()) => Ok(true),
+        Err(error) => {
+            tracing::warn!(error = crate::session::outcome::chain(&error), "the base stays held by its name");
+            Ok(false)
+        }
+    }
+}
+
+/// The nodes to close once a layer is merged.
+fn nodes_of(layer: &Node) -> Vec<String> {
+    std::iter::once(layer.name.clone()).chain(layer.file_child.clone()).collect()
 }
 
 fn switch(directory: &ImageDirectory, state: &State, job: Option<String>, place: &Place<'_>) -> Result<Removal> {
@@ -280,6 +345,7 @@ async fn commit_middle(
     if state.merging.is_none() {
         let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
         state.merging = Some(Merging { above: above_name, above_id, done: false });
+        state.closing = nodes_of(above);
         return Ok(Removal::Again);
     }
     let arguments = json!({
@@ -292,11 +358,8 @@ async fn commit_middle(
     });
     start(vm, state, "block-commit", &arguments).await?;
     jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
-    jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
-    forget_node(vm, Some(&above.name)).await;
-    forget_node(vm, above.file_child.as_deref()).await;
     if let Some(merging) = &mut state.merging {
-        merging.done = true;
+        merging.check_done(directory, state.base)?;
     }
     Ok(Removal::Again)
 }
@@ -338,7 +401,7 @@ async fn stream_up(
     }
     start(vm, state, "block-stream", &arguments).await?;
     jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
-    jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+    directory.sync_file(&name_of(directory, place.id(at - 1))?)?;
     Ok(Removal::Again)
 }
 

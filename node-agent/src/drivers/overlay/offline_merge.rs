@@ -11,20 +11,20 @@ use crate::drivers::{DriverError, Env, Removal, Result, qemu};
 use crate::hypervisor::QMP_TIMEOUT;
 use crate::hypervisor::image::ImageDirectory;
 use crate::hypervisor::offline::{OfflineError, StorageDaemon};
+use crate::hypervisor::qcow2::HeaderError;
 
 /// The chain is never deeper than this; a longer one is a loop.
 const DEEPEST: usize = 1024;
 
 /// Takes one step of merging the layer above a snapshot's file into it.
 pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    let chain = chain(directory, &state.disk_file)?;
     if let Some(merging) = &mut state.merging {
-        // The job is done when the layer over the one above already names this file.
-        if !chain(directory, &state.disk_file)?.contains(&merging.above) {
-            merging.done = true;
+        if !chain.contains(&merging.above) {
+            merging.check_done(directory, state.base)?;
             return Ok(Removal::Again);
         }
     }
-    let chain = chain(directory, &state.disk_file)?;
     let at = chain.iter().position(|name| *name == state.layer);
     let users = dependents(directory, state.base)?;
     match at {
@@ -49,8 +49,10 @@ fn chain(directory: &ImageDirectory, disk: &str) -> Result<Vec<String>> {
             break;
         }
         names.push(backing);
-        if header(directory, &names[names.len() - 1]).is_err() {
-            break;
+        match header(directory, &names[names.len() - 1]) {
+            // A raw image is the end of a chain. A file that couldn't be read is not: what is below it is unknown.
+            Err(DriverError::Header { source: HeaderError::NotQcow2, .. }) => break,
+            header => header.map(drop)?,
         }
     }
     Ok(names)

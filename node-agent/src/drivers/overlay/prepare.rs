@@ -7,7 +7,7 @@ use std::fs::File;
 
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
-use crate::hypervisor::graph::hand_over;
+use crate::hypervisor::graph::{hand_over, renew};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots};
 use crate::hypervisor::qcow2::{Header, read_header};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
@@ -87,7 +87,8 @@ fn cache_options(like: &Node) -> Value {
 pub async fn pin_base(vm: &Vm, roots: &ImageRoots, state: &State) -> Result<()> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     let Some(base) = graph.node(&state.base_node) else { return Ok(()) };
-    if base.auto_named || graph.node(&state.base_file_node()).is_some() {
+    // The base may have been pinned by an earlier snapshot that is gone by now.
+    if base.auto_named || renew(vm.qmp(), &roots.directory(&state.directory)?, &state.layer).await? {
         return Ok(());
     }
     pin(vm, roots, &graph, base, &state.directory, &state.layer, &state.base_file_node()).await
@@ -120,6 +121,36 @@ pub async fn pin(
     vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await.map_err(qemu("hold the base by descriptor"))?;
     forget_node(vm, old_file.as_deref()).await;
     Ok(())
+}
+
+/// Puts a node of ours, held by descriptor, in the place of a base that QEMU opened by itself below `top`.
+pub async fn replace_base(vm: &Vm, roots: &ImageRoots, top: &Node, base: &Node, state: &State) -> Result<()> {
+    let directory = roots.directory(&state.directory)?;
+    let file = hand_over(vm.qmp(), &directory, &state.layer).await?;
+    let options = file_options(&state.base_file_node(), &file, base, true);
+    vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))?;
+    let node = json!({
+        "driver": base.driver,
+        "node-name": state.base_node_by_descriptor(),
+        "file": state.base_file_node(),
+        "backing": base.backing,
+        "read-only": true,
+        "cache": cache_options(base),
+        "detect-zeroes": top.detect_zeroes,
+        "discard": "unmap",
+    });
+    vm.qmp().blockdev_add(&node, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))?;
+    let options = json!({
+        "driver": top.driver,
+        "node-name": top.name,
+        "file": top.file_child,
+        "backing": state.base_node_by_descriptor(),
+        "read-only": top.read_only,
+        "cache": cache_options(top),
+        "detect-zeroes": top.detect_zeroes,
+        "discard": "unmap",
+    });
+    vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await.map_err(qemu("put the layer on the base's new node"))
 }
 
 /// Closes a node that nothing uses any more. One that QEMU opened itself is gone already, and one that is still used

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use freezeframe_qemu::BlockGraph;
 use serde::{Deserialize, Serialize};
 
+use super::prepare::dependents;
 use crate::drivers::{DiskTask, DriverError, Result};
-use crate::hypervisor::image::{FileId, ImageError, ImageRoots};
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 
 /// The record of one disk's layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +28,9 @@ pub struct State {
     pub node_prefix: String,
     /// The merge that is under way, recorded before it starts.
     pub merging: Option<Merging>,
+    /// Nodes that nothing uses once the layer above is merged.
+    #[serde(default)]
+    pub closing: Vec<String>,
 }
 
 /// A merge of the layer above into this snapshot's file, which then belongs to the layer's own snapshot.
@@ -38,6 +42,22 @@ pub struct Merging {
     pub above_id: FileId,
     /// Whether the job is known to be done: the file above is then garbage.
     pub done: bool,
+}
+
+impl Merging {
+    /// Takes note that the merge is done, if the headers say so: the file above is unlinked after this, so it isn't
+    /// enough that QEMU doesn't have it. A file that holds the data names this one as its backing file, or is this one.
+    pub fn check_done(&mut self, directory: &ImageDirectory, base: FileId) -> Result<()> {
+        let needing_above = dependents(directory, self.above_id)?;
+        let needing_base = dependents(directory, base)?;
+        let mut over = needing_base.iter().filter(|name| **name != self.above);
+        if needing_above.is_empty() && over.next().is_some() {
+            self.done = true;
+            return Ok(());
+        }
+        let above = directory.join(&self.above);
+        Err(DriverError::NotNow(format!("{} was to be merged, and it isn't clear whether it was", above.display())))
+    }
 }
 
 impl State {
@@ -57,6 +77,7 @@ impl State {
             base_node: task.node.clone(),
             node_prefix: format!("ff-{}-{}", task.id, task.index),
             merging: None,
+            closing: vec![],
         })
     }
 
@@ -73,6 +94,11 @@ impl State {
     /// Node of the new layer's file.
     pub fn layer_file_node(&self) -> String {
         format!("{}-of", self.node_prefix)
+    }
+
+    /// Node that takes the place of a base that QEMU opened by itself.
+    pub fn base_node_by_descriptor(&self) -> String {
+        format!("{}-b", self.node_prefix)
     }
 
     /// Node of the base's file once it is held by descriptor.

@@ -1,0 +1,95 @@
+//! An agent that dies at any await, and a QEMU that dies with it.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
+
+use freezeframe_api::v1alpha1::ContentPhase;
+
+use crate::lab::{Snapshot, Wanted};
+use crate::shapes::{Shape, lab};
+
+/// Drops `work` at its `polls`th await that had to wait, as a crash would; what it came to if it was done before.
+async fn cut_off<T>(work: impl Future<Output = T>, polls: usize) -> Option<T> {
+    let mut work = pin!(work);
+    let mut left = polls;
+    poll_fn(|context| {
+        if left == 0 {
+            return Poll::Ready(None);
+        }
+        left -= 1;
+        work.as_mut().poll(context).map(Some)
+    })
+    .await
+}
+
+/// A snapshot whose agent dies at every point in turn; QEMU dies too at every second one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_cut_off_anywhere_ends_ready_or_leaves_nothing() {
+    let mut lab = lab(Shape::Blockdev, 2).await;
+    let old = lab.take().await;
+    let mut whole = false;
+    let mut polls = 1;
+    while !whole {
+        lab.write().await;
+        let (number, order) = lab.order();
+        whole = cut_off(lab.sessions.advance(&order, &Wanted), polls).await.is_some();
+        if polls % 2 == 0 {
+            lab.restart().await;
+        }
+        println!("polls {polls}");
+        lab.write().await;
+        // What was cut is of before the last write, and only what became Ready must read so.
+        let status = lab.advance(&order).await;
+        assert!(matches!(status.phase, Some(ContentPhase::Ready | ContentPhase::Failed)), "{status:#?}");
+        if status.phase == Some(ContentPhase::Ready) {
+            let views = lab.handles_of(&order).iter().map(|image| crate::machine::view(image)).collect();
+            lab.snapshots.insert(number, Snapshot { order, views });
+        }
+        lab.check().await;
+        lab.write().await;
+        if lab.snapshots.contains_key(&number) {
+            lab.delete(number).await;
+            lab.check().await;
+        }
+        polls += 1;
+    }
+    lab.delete(old).await;
+    lab.check().await;
+    println!("{polls} points");
+}
+
+/// Deletions that are cut off: the first, a middle and the last snapshot in turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_cut_off_anywhere_harms_nothing_and_can_be_finished() {
+    let mut lab = lab(Shape::Blockdev, 1).await;
+    let mut polls = 1;
+    let mut whole = 0;
+    let mut taken = vec![lab.take().await, lab.take().await, lab.take().await];
+    while whole < 6 {
+        let at = polls % 3;
+        let order = lab.snapshots[&taken[at]].order.clone();
+        let deletion = cut_off(lab.sessions.delete(&order), polls).await;
+        whole += usize::from(deletion.is_some());
+        println!("polls {polls} at {at} done {}", deletion.is_some());
+        match polls % 4 {
+            0 => lab.restart().await,
+            1 => {
+                lab.write().await;
+                lab.restart().await;
+            }
+            2 => lab.machine.kill(),
+            _ => lab.write().await,
+        }
+        lab.delete(taken.remove(at)).await;
+        lab.check().await;
+        if !lab.machine.is_running() {
+            lab.machine.start().await;
+            lab.check().await;
+        }
+        taken.push(lab.take().await);
+        lab.check().await;
+        polls += 1;
+    }
+    println!("{polls} points");
+}

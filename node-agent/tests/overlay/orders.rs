@@ -1,0 +1,77 @@
+//! Deleting snapshots in every order, with the VM running, stopped, and restarted.
+
+use crate::shapes::{Shape, lab};
+
+fn orders(left: &[usize]) -> Vec<Vec<usize>> {
+    if left.is_empty() {
+        return vec![vec![]];
+    }
+    let with = |first: &usize| {
+        let others: Vec<_> = left.iter().copied().filter(|other| other != first).collect();
+        orders(&others).into_iter().map(|rest| [vec![*first], rest].concat()).collect::<Vec<_>>()
+    };
+    left.iter().flat_map(with).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn four_snapshots_of_a_running_vm_can_be_deleted_in_every_order() {
+    let mut lab = lab(Shape::Blockdev, 1).await;
+    for order in orders(&[0, 1, 2, 3]) {
+        println!("order {order:?}");
+        let mut taken = vec![];
+        for _ in 0..4 {
+            taken.push(lab.take().await);
+        }
+        lab.check().await;
+        for at in order {
+            lab.delete(taken[at]).await;
+            lab.check().await;
+            lab.write().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn four_snapshots_of_a_stopped_vm_can_be_deleted_in_every_order() {
+    let mut lab = lab(Shape::Blockdev, 1).await;
+    for order in orders(&[0, 1, 2, 3]) {
+        println!("order {order:?}");
+        let mut taken = vec![];
+        for _ in 0..4 {
+            taken.push(lab.take().await);
+        }
+        lab.machine.kill();
+        for at in order {
+            lab.delete(taken[at]).await;
+            lab.check().await;
+        }
+        lab.machine.start().await;
+        lab.check().await;
+    }
+}
+
+/// Which of the restarts below come before which deletion differs from order to order.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_restarted_between_snapshots_and_deletions_loses_nothing_in_any_order() {
+    let mut lab = lab(Shape::Blockdev, 1).await;
+    for (number, order) in orders(&[0, 1, 2, 3]).into_iter().enumerate() {
+        println!("order {order:?}");
+        let mut taken = vec![];
+        for at in 0..4 {
+            if number & (1 << at) != 0 {
+                lab.restart().await;
+                lab.check().await;
+            }
+            taken.push(lab.take().await);
+        }
+        for (step, at) in order.into_iter().enumerate() {
+            if (number + step) % 3 == 0 {
+                lab.restart().await;
+            }
+            lab.check().await;
+            lab.delete(taken[at]).await;
+            lab.check().await;
+            lab.write().await;
+        }
+    }
+}
