@@ -5,6 +5,7 @@
 //! directory from looking to renaming: swapped twice is not swapped.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
@@ -76,31 +77,84 @@ impl Exchange {
     ///
     /// Whether the cut took place is for the caller to know.
     pub fn apply(&self) -> Result<Applied, Error> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(&self.directory, flags, Mode::empty()).map_err(|e| Error::Open(e.into()))?;
+        let directory = self.open()?;
         match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Busy),
             locked => locked.map_err(|e| Error::Lock(e.into()))?,
         }
-        let found = rustix::fs::statat(&directory, &self.a, AtFlags::SYMLINK_NOFOLLOW);
-        let applied = if found.map_err(|e| Error::LookUp(e.into()))?.st_ino == self.a_inode {
-            let flags = match self.kind {
-                Kind::Swap => RenameFlags::EXCHANGE,
-                Kind::Replace => RenameFlags::empty(),
-            };
-            rustix::fs::renameat_with(&directory, &self.b, &directory, &self.a, flags)
-                .map_err(|e| Error::Rename(e.into()))?;
-            Applied::Now
-        } else {
-            Applied::Before
+        self.rename(&directory)
+    }
+
+    /// As [`Exchange::apply`], against a holder of the lock that was stopped in the middle of it. When it is woken, it
+    /// may swap the names back, but looks once more before it goes on, and swaps them again.
+    pub fn apply_over_lock(&self) -> Result<Applied, Error> {
+        self.rename(&self.open()?)
+    }
+
+    fn open(&self) -> Result<OwnedFd, Error> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(&self.directory, flags, Mode::empty()).map_err(|e| Error::Open(e.into()))
+    }
+
+    fn rename(&self, directory: &OwnedFd) -> Result<Applied, Error> {
+        let flags = match self.kind {
+            Kind::Swap => RenameFlags::EXCHANGE,
+            Kind::Replace => RenameFlags::empty(),
         };
+        let mut applied = Applied::Before;
+        // Until it is seen to be done: what was looked up may be old by the time of the rename.
+        while self.is_due(directory)? {
+            let renamed = rustix::fs::renameat_with(directory, &self.b, directory, &self.a, flags);
+            match renamed {
+                Err(_) if !self.is_due(directory)? => {}
+                renamed => renamed.map_err(|e| Error::Rename(e.into()))?,
+            }
+            applied = Applied::Now;
+        }
         // Also when it was done before: whoever did it may have died ahead of the sync.
-        rustix::fs::fsync(&directory).map_err(|e| Error::Sync(e.into()))?;
+        rustix::fs::fsync(directory).map_err(|e| Error::Sync(e.into()))?;
         Ok(applied)
+    }
+
+    fn is_due(&self, directory: &OwnedFd) -> Result<bool, Error> {
+        let found = rustix::fs::statat(directory, &self.a, AtFlags::SYMLINK_NOFOLLOW);
+        Ok(found.map_err(|e| Error::LookUp(e.into()))?.st_ino == self.a_inode)
     }
 
     pub(crate) fn is_confined(&self) -> bool {
         let names = is_component(&self.a) && is_component(&self.b) && self.a != self.b;
         self.directory.is_absolute() && names && !self.when_active.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_whose_holder_is_stopped_keeps_the_agent_away_but_not_the_guard() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["disk", "layer"] {
+            std::fs::write(directory.path().join(name), name).unwrap();
+        }
+        let read = |name: &str| std::fs::read_to_string(directory.path().join(name)).unwrap();
+        let exchange = Exchange {
+            directory: directory.path().to_owned(),
+            a: "disk".into(),
+            b: "layer".into(),
+            a_inode: rustix::fs::stat(directory.path().join("disk")).unwrap().st_ino,
+            when_active: "node".into(),
+            kind: Kind::Swap,
+        };
+        let stopped = exchange.open().unwrap();
+        rustix::fs::flock(&stopped, FlockOperation::LockExclusive).unwrap();
+        assert!(matches!(exchange.apply(), Err(Error::Busy)));
+        assert_eq!(exchange.apply_over_lock().unwrap(), Applied::Now);
+        assert_eq!((read("disk").as_str(), read("layer").as_str()), ("layer", "disk"));
+
+        // The holder is woken between its look and its rename.
+        rustix::fs::renameat_with(&stopped, "layer", &stopped, "disk", RenameFlags::EXCHANGE).unwrap();
+        assert_eq!(exchange.rename(&stopped).unwrap(), Applied::Now);
+        assert_eq!((read("disk").as_str(), read("layer").as_str()), ("layer", "disk"));
     }
 }

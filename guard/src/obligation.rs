@@ -199,7 +199,11 @@ fn rename_all(exchanges: &[Exchange]) -> Result<(), ExchangeError> {
 
 fn rename(exchange: &Exchange) -> Result<(), ExchangeError> {
     let Exchange { directory, a, .. } = exchange;
-    let applied = exchange.apply()?;
+    let applied = match exchange.apply() {
+        // The agent was stopped in the middle of it, and may never go on: the guest can't wait for that.
+        Err(ExchangeError::Busy) => exchange.apply_over_lock()?,
+        applied => applied?,
+    };
     if applied == Applied::Now {
         tracing::warn!(directory = %directory.display(), name = a, "names exchanged");
     }

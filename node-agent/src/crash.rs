@@ -3,7 +3,7 @@
 
 /// Crashes, stops or hangs here if the environment asks for it: `FREEZEFRAME_CRASH_AT=<point>` ends the process as a power
 /// cut would, `FREEZEFRAME_STOP_AT=<point>` freezes it, alive but deaf, and `FREEZEFRAME_HANG_AT=<point>:<file>` blocks
-/// this one thread until the file is there, as a file system that doesn't answer would.
+/// this one task until the file is there, as a file system that doesn't answer would.
 #[cfg(feature = "crash-points")]
 pub fn point(name: &str) {
     use rustix::process::{Signal, getpid, kill_process};
@@ -18,6 +18,8 @@ pub fn point(name: &str) {
     if let Err(error) = kill_process(getpid(), signal) {
         tracing::error!(%error, "crash point failed");
     }
+    // The signal reaches the other threads first, and this one would run on for a moment.
+    std::thread::sleep(std::time::Duration::from_millis(100));
 }
 
 #[cfg(feature = "crash-points")]
@@ -25,9 +27,12 @@ fn hang(name: &str) {
     let wanted = std::env::var("FREEZEFRAME_HANG_AT").unwrap_or_default();
     let Some((_, file)) = wanted.split_once(':').filter(|(point, _)| *point == name) else { return };
     tracing::warn!(point = name, "crash point reached");
-    while !std::path::Path::new(file).exists() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    // In place, so that the runtime's other tasks, the heartbeat above all, don't notice.
+    tokio::task::block_in_place(|| {
+        while !std::path::Path::new(file).exists() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    });
 }
 
 /// Nothing.
