@@ -72,11 +72,18 @@ pub fn build_programs() -> Result<()> {
 
 async fn perform(options: &Options) -> Result<()> {
     let mut stage = Stage::new(options.kubeconfig.as_deref(), options.load.into())?;
+    let mut asked_to_end = false;
     let outcome = tokio::select! {
         outcome = play::play(&mut stage, options.keep) => outcome,
-        interrupted = interrupted() => interrupted.and(Err(anyhow!("interrupted"))),
+        stop = interrupted() => {
+            stop?;
+            asked_to_end = true;
+            Err(anyhow!("interrupted"))
+        }
     };
-    if outcome.is_err() {
+    if asked_to_end {
+        // Nothing went wrong that the programs could tell of.
+    } else if outcome.is_err() {
         stage.print_logs();
     } else if options.keep {
         stage.print_what_to_try()?;
