@@ -17,8 +17,10 @@ const POLL: Duration = Duration::from_millis(20);
 pub enum Wanted {
     /// The job can be completed at any time.
     Ready,
-    /// The job is over.
+    /// The job is over, and in the list until it is dismissed.
     Concluded,
+    /// The job is over, and was dismissed by itself; how it ended is for the caller to find out.
+    Gone,
 }
 
 /// The job of that id.
@@ -32,7 +34,11 @@ pub async fn wait(qmp: &Qmp, id: &str, wanted: Wanted) -> Result<()> {
     let failed = |why: &str| DriverError::Job { job: id.to_owned(), why: why.to_owned() };
     let (mut moved, mut progress) = (Instant::now(), 0);
     loop {
-        let job = find(qmp, id).await?.ok_or_else(|| failed("it is gone"))?;
+        let job = match find(qmp, id).await? {
+            Some(job) => job,
+            None if wanted == Wanted::Gone => return Ok(()),
+            None => return Err(failed("it is gone")),
+        };
         match job.status.as_str() {
             "concluded" => return conclude(qmp, &job).await,
             "ready" if wanted == Wanted::Ready => return Ok(()),

@@ -43,6 +43,8 @@ pub struct Lab {
     /// Files that are there from the start beside the disks.
     pub others: Vec<String>,
     pub sessions: Sessions,
+    /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
+    start: Vec<(String, usize)>,
     taken: u32,
     written: u8,
     _stop: watch::Sender<bool>,
@@ -88,6 +90,7 @@ impl Lab {
             snapshots: BTreeMap::new(),
             others: vec![],
             sessions,
+            start: vec![],
             taken: 0,
             written: 0,
             _stop: stop,
@@ -98,8 +101,15 @@ impl Lab {
             .into_iter()
             .filter(|name| !lab.disks.iter().any(|disk| file_name(&disk.image) == *name))
             .collect();
+        lab.start = lab.shape().await;
         lab.write().await;
         lab
+    }
+
+    async fn shape(&self) -> Vec<(String, usize)> {
+        let graph = self.machine.graph().await;
+        let roots = graph.disks().iter().filter_map(|disk| disk.root.as_deref());
+        roots.map(|root| (graph.node(root).unwrap().driver.clone(), graph.chain(root).len())).collect()
     }
 
     pub fn images(&self) -> PathBuf {
@@ -159,7 +169,7 @@ impl Lab {
         loop {
             match self.sessions.advance(order, &Wanted).await.unwrap() {
                 Turn::Over(status) => return *status,
-                Turn::Report(status) => assert!(Instant::now() < end, "never over: {status:#?}"),
+                Turn::Report(status) => assert!(Instant::now() < end, "never over: {status:?}"),
             }
             sleep(Duration::from_millis(20)).await;
         }
@@ -170,7 +180,8 @@ impl Lab {
         self.write().await;
         let (number, order) = self.order();
         let status = self.advance(&order).await;
-        assert_eq!(status.phase, Some(ContentPhase::Ready), "{status:#?}");
+        assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+        assert!(self.machine.is_running(), "QEMU died: {}", self.machine.said());
         let views = self.views();
         self.snapshots.insert(number, Snapshot { order, views });
         self.write().await;
@@ -185,14 +196,18 @@ impl Lab {
             if deletion.over {
                 return deletion.status;
             }
-            assert!(Instant::now() < end, "never deleted: {:#?}", deletion.status.conditions);
+            println!("not yet: {:?}", deletion.status.conditions.iter().map(|c| &c.message).collect::<Vec<_>>());
+            assert!(Instant::now() < end, "never deleted: {:?}", deletion.status.conditions);
             sleep(Duration::from_millis(20)).await;
         }
     }
 
     pub async fn delete(&mut self, number: u32) {
+        println!("deleting {number}");
         let order = self.snapshots[&number].order.clone();
+        let was_running = self.machine.is_running();
         self.delete_order(&order).await;
+        assert_eq!(self.machine.is_running(), was_running, "QEMU died: {}", self.machine.said());
         self.snapshots.remove(&number);
     }
 
@@ -243,6 +258,8 @@ impl Lab {
         for disk in &self.disks {
             self.machine.expect(&disk.id, &disk.now).await;
         }
+        let with_snapshots = self.start.iter().map(|(driver, depth)| (driver.clone(), depth + self.snapshots.len()));
+        assert_eq!(self.shape().await, with_snapshots.collect::<Vec<_>>(), "filters and layers");
         let graph = self.machine.graph().await;
         let mut used = vec![];
         for disk in graph.disks() {

@@ -82,9 +82,11 @@ impl Machine {
         self.directory.join("qemu.log")
     }
 
-    /// Everything QEMU printed so far, over all its lives.
+    /// What QEMU printed over all its lives, but for the good news.
     pub fn said(&self) -> String {
-        std::fs::read_to_string(self.log()).unwrap()
+        let log = std::fs::read_to_string(self.log()).unwrap();
+        let good = |line: &&str| line.contains(" bytes at offset ") || line.contains(" ops; ");
+        log.lines().filter(|line| !good(line)).collect::<Vec<_>>().join("\n")
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -102,7 +104,10 @@ impl Machine {
 
     pub async fn execute(&self, command: &str, arguments: Value) -> Value {
         let monitor = self.monitor.as_ref().expect("QEMU runs");
-        monitor.execute(command, arguments, PATIENCE).await.unwrap_or_else(|error| panic!("{command}: {error}"))
+        monitor
+            .execute(command, arguments, PATIENCE)
+            .await
+            .unwrap_or_else(|error| panic!("{command}: {error}; {}", self.said()))
     }
 
     pub async fn graph(&self) -> BlockGraph {

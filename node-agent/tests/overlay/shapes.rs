@@ -17,6 +17,8 @@ pub enum Shape {
     Throttled,
     /// Every disk on an iothread of its own.
     Iothreads,
+    /// On iothreads, with the file in line.
+    InlineIothreads,
     /// Over an image that was there before, with a relative name.
     Backed,
     /// `-drive`: QEMU names every node itself.
@@ -43,7 +45,7 @@ pub async fn lab(shape: Shape, disks: usize) -> Lab {
         } else {
             make_image(&image, None);
         }
-        if shape == Shape::Iothreads {
+        if matches!(shape, Shape::Iothreads | Shape::InlineIothreads) {
             extra.extend(["-object".to_owned(), format!("iothread,id=io-{id}")]);
         }
         if shape == Shape::Throttled {
@@ -65,6 +67,10 @@ fn drive(shape: Shape, id: &str, image: std::path::PathBuf) -> Drive {
         Shape::Inline => {
             let inline = format!("driver=qcow2,node-name=fmt-{id},file.driver=file,file.filename={path}");
             (blockdev(inline).to_vec(), format!("drive=fmt-{id}"))
+        }
+        Shape::InlineIothreads => {
+            let inline = format!("driver=qcow2,node-name=fmt-{id},file.driver=file,file.filename={path}");
+            (blockdev(inline).to_vec(), format!("drive=fmt-{id},iothread=io-{id}"))
         }
         Shape::Direct => {
             let file = format!("driver=file,node-name=file-{id},filename={path},cache.direct=on");
@@ -132,6 +138,11 @@ async fn a_throttled_disk_stays_throttled_through_snapshots_and_restarts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn disks_on_iothreads_live_through_snapshots_and_restarts() {
     life(Shape::Iothreads).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_on_iothreads_with_an_inline_file_live_through_snapshots_and_restarts() {
+    life(Shape::InlineIothreads).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 //! Before and after the cut: the new layer, made and opened; the base, held by descriptor and verified.
 
-use freezeframe_qemu::{BlockGraph, Node};
+use freezeframe_qemu::Node;
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -91,44 +91,33 @@ pub async fn pin_base(vm: &Vm, roots: &ImageRoots, state: &State) -> Result<()> 
     if base.auto_named || renew(vm.qmp(), &roots.directory(&state.directory)?, &state.layer).await? {
         return Ok(());
     }
-    pin(vm, roots, &graph, base, &state.directory, &state.layer, &state.base_file_node()).await
+    pin(vm, roots, base, state).await
 }
 
-/// Reopens a format node, read-only, on the file that `name` is in `directory`, by descriptor.
-pub async fn pin(
-    vm: &Vm,
-    roots: &ImageRoots,
-    graph: &BlockGraph,
-    node: &Node,
-    directory: &std::path::Path,
-    name: &str,
-    file_node: &str,
-) -> Result<()> {
-    let directory = roots.directory(directory)?;
-    let file = hand_over(vm.qmp(), &directory, name).await?;
-    let options = file_options(file_node, &file, node, true);
-    vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))?;
+/// Reopens the base's format node, read-only, on the snapshot's file by descriptor.
+pub async fn pin(vm: &Vm, roots: &ImageRoots, node: &Node, state: &State) -> Result<()> {
+    open_base_file(vm, roots, node, state).await?;
     let options = json!({
         "driver": node.driver,
         "node-name": node.name,
-        "file": file_node,
+        "file": state.base_file_node(),
         "backing": node.backing,
         "read-only": true,
         "cache": cache_options(node),
         "detect-zeroes": node.detect_zeroes,
     });
-    let old_file = graph.node(&node.name).and_then(|node| node.file_child.clone());
-    vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await.map_err(qemu("hold the base by descriptor"))?;
-    forget_node(vm, old_file.as_deref()).await;
-    Ok(())
+    reopen(vm, state, options, node.file_child.as_deref()).await
+}
+
+async fn open_base_file(vm: &Vm, roots: &ImageRoots, like: &Node, state: &State) -> Result<()> {
+    let file = hand_over(vm.qmp(), &roots.directory(&state.directory)?, &state.layer).await?;
+    let options = file_options(&state.base_file_node(), &file, like, true);
+    vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))
 }
 
 /// Puts a node of ours, held by descriptor, in the place of a base that QEMU opened by itself below `top`.
 pub async fn replace_base(vm: &Vm, roots: &ImageRoots, top: &Node, base: &Node, state: &State) -> Result<()> {
-    let directory = roots.directory(&state.directory)?;
-    let file = hand_over(vm.qmp(), &directory, &state.layer).await?;
-    let options = file_options(&state.base_file_node(), &file, base, true);
-    vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))?;
+    open_base_file(vm, roots, base, state).await?;
     let node = json!({
         "driver": base.driver,
         "node-name": state.base_node_by_descriptor(),
@@ -150,7 +139,25 @@ pub async fn replace_base(vm: &Vm, roots: &ImageRoots, top: &Node, base: &Node, 
         "detect-zeroes": top.detect_zeroes,
         "discard": "unmap",
     });
-    vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await.map_err(qemu("put the layer on the base's new node"))
+    reopen(vm, state, options, Some(&base.name)).await
+}
+
+/// Reopens a node that thereby lets go of `old`.
+///
+/// If the reopening were to free a node on an iothread, QEMU 7.2 would unlock what it hadn't locked, and abort: so
+/// another node keeps it until it is closed the ordinary way.
+async fn reopen(vm: &Vm, state: &State, options: Value, old: Option<&str>) -> Result<()> {
+    let keep = json!({"driver": "raw", "node-name": state.keeping_node(), "file": old, "read-only": true});
+    if old.is_some() {
+        vm.qmp().blockdev_add(&keep, QMP_TIMEOUT).await.map_err(qemu("keep the base's old node"))?;
+    }
+    let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
+    if old.is_some() {
+        forget_node(vm, Some(&state.keeping_node())).await;
+    }
+    reopened.map_err(qemu("hold the base by descriptor"))?;
+    forget_node(vm, old).await;
+    Ok(())
 }
 
 /// Closes a node that nothing uses any more. One that QEMU opened itself is gone already, and one that is still used

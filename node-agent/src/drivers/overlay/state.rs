@@ -106,6 +106,11 @@ impl State {
         format!("{}-bf", self.node_prefix)
     }
 
+    /// Node that keeps another one from being freed for a moment.
+    pub fn keeping_node(&self) -> String {
+        format!("{}-k", self.node_prefix)
+    }
+
     /// The job that merges into this snapshot's file.
     pub fn job(&self) -> String {
         format!("{}-merge", self.node_prefix)
