@@ -21,7 +21,7 @@ use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 
-use super::prepare::{dependents, forget_node, pin, replace_base};
+use super::prepare::{close_unfinished, dependents, forget_node, pin, replace_base};
 use super::state::{Merging, State};
 use super::{DiskTask, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
@@ -45,6 +45,8 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
             Some(vm) => merge_live(env, vm, &directory, &mut state).await,
             None => offline_merge::merge(env, &directory, &mut state).await,
         },
+        // Made, but a crash came before that was on record, and so long before the cut.
+        Some(_) if state.overlay.is_none() => give_up_layer(env, &directory, &state).await,
         Some(_) => Err(DriverError::NotNow(format!("{} is another file", directory.join(&state.layer).display()))),
     };
     task.set_state(&state)?;
@@ -182,6 +184,8 @@ fn holds(node: &Node, above: Option<&Node>, files: &HashMap<String, NodeFile>, s
 }
 
 async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    close_unfinished(vm, &graph, state).await;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     let place = Place::find(env, vm, &graph, state).await?;
     if let Some(merging) = &mut state.merging {
