@@ -71,7 +71,12 @@ async fn failed(world: &World, name: &str, spec: Value, expected: &str) -> Resul
 
 /// A snapshot that becomes ready.
 async fn ready(world: &World, name: &str, spec: Value) -> Result<VMSnapshot> {
-    let ended = world.take(name, spec).await?;
+    world.apply_snapshot(name, spec).await?;
+    ensure_ready(world, name).await
+}
+
+async fn ensure_ready(world: &World, name: &str) -> Result<VMSnapshot> {
+    let ended = world.await_end(name).await?;
     let is_ready = phase(&ended) == Some(Phase::Ready);
     ensure!(is_ready, "{name} is not Ready: {}", world.with_logs(anyhow::anyhow!("{:#?}", ended.status)));
     Ok(ended)
@@ -134,7 +139,7 @@ async fn a_snapshot_waits_for_its_class_and_its_vm_and_no_longer_than_its_deadli
     world.apply_snapshot("classless", json!({"vmName": "db-1", "className": "later"})).await?;
     waits(&world, "classless", reasons::CLASS_NOT_FOUND).await?;
     make_class(&world, "later", json!([{"name": "overlay"}])).await?;
-    assert_eq!(phase(&world.await_end("classless").await?), Some(Phase::Ready));
+    ensure_ready(&world, "classless").await?;
 
     let classes: Api<VMSnapshotClass> = Api::all(world.client.clone());
     let default = |value: Value| Patch::Merge(json!({"metadata": {"annotations": {DEFAULT_CLASS: value}}}));
@@ -148,24 +153,25 @@ async fn a_snapshot_waits_for_its_class_and_its_vm_and_no_longer_than_its_deadli
         let waiting = waits(&world, &name, reasons::NO_DEFAULT_CLASS).await?;
         assert!(condition(&waiting, types::ACCEPTED).2.contains(words), "{:?}", waiting.status);
         classes.patch(class, &PatchParams::default(), &default(before)).await?;
-        assert_eq!(phase(&world.await_end(&name).await?), Some(Phase::Ready));
+        ensure_ready(&world, &name).await?;
     }
 
-    world.apply_snapshot("early", json!({"vmName": "db-2"})).await?;
+    // The VM is found while it still boots: nothing in it can be frozen yet.
+    let any_level = json!({"vmName": "db-2", "consistency": {"required": "Crash"}});
+    world.apply_snapshot("early", any_level.clone()).await?;
     waits(&world, "early", reasons::VM_NOT_FOUND).await?;
     let guest = world.boot(&WorldConfig { vm: "db-2".into(), ..WorldConfig::default() }).await?;
-    assert_eq!(phase(&world.await_end("early").await?), Some(Phase::Ready));
+    ensure_ready(&world, "early").await?;
 
     let stopped = guest.quit()?;
     await_target(&world, "db-2", |target| target == Some(RunState::Stopped)).await?;
-    world.apply_snapshot("down", json!({"vmName": "db-2"})).await?;
+    world.apply_snapshot("down", any_level).await?;
     waits(&world, "down", reasons::VM_NOT_RUNNING).await?;
     let brief = json!({"vmName": "db-2", "failureDeadline": "2s"});
     let message = failed(&world, "too-late", brief, reasons::DEADLINE_EXCEEDED).await?;
     assert!(message.contains("doesn't run"), "{message}");
     let guest = stopped.restart_same_command_line().await?;
-    let taken = world.await_end("down").await?;
-    assert_eq!(phase(&taken), Some(Phase::Ready), "{:#?}", taken.status);
+    ensure_ready(&world, "down").await?;
     guest.await_records(5, SOON).await?;
     Ok(())
 }
