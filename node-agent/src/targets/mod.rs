@@ -66,10 +66,15 @@ impl Targets {
     }
 
     async fn scan(&self, publisher: &Publisher, known: &mut HashMap<VmKey, VMTargetStatus>) {
-        let found = match host::find(&self.sessions.vm_root) {
+        let root = &self.sessions.vm_root;
+        let mut found = match host::find(root) {
             Ok(found) => found,
             Err(error) => return tracing::warn!(error = chain(&error), "the VMs of this node can't be listed"),
         };
+        // A QEMU that ends in good order removes its sockets: the VM is still there, and stopped.
+        let stopped: Vec<_> =
+            known.keys().filter(|vm| !found.contains(vm) && host::is_there(root, vm)).cloned().collect();
+        found.extend(stopped);
         self.metrics.set_targets(found.len());
         // Together: one QEMU that doesn't answer must not keep the others' targets waiting for long.
         for some in found.chunks(PROBES) {
