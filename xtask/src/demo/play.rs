@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use freezeframe_api::v1alpha1::{ConsistencyEvidence, VMSnapshot};
 use freezeframe_e2e::await_condition;
+use freezeframe_e2e::snapshots::images;
 
 use super::follow::Story;
-use super::proof::{self, images_of};
+use super::proof;
 use super::stage::{NAMESPACE, Stage, VM};
 use super::summary::{Restart, Summary, Taken};
 use crate::progress::{root, say};
@@ -121,14 +122,14 @@ async fn await_images(stage: &mut Stage) -> Result<VMSnapshot> {
     let snapshots = stage.snapshots().await?;
     await_condition("the second snapshot's status to follow its files", SOON, async || {
         let snapshot = snapshots.get(SECOND).await?;
-        Ok(images_of(&snapshot)?.iter().all(|image| image.path.exists()).then_some(snapshot))
+        Ok(images(&snapshot)?.iter().all(|image| image.path.exists()).then_some(snapshot))
     })
     .await
 }
 
 /// Beside the disks' own files only the second snapshot's may be left.
 fn ensure_no_file_of_the_first(stage: &Stage, second: &VMSnapshot) -> Result<()> {
-    let expected: Vec<_> = images_of(second)?.into_iter().map(|image| image.path).collect();
+    let expected: Vec<_> = images(second)?.into_iter().map(|image| image.path).collect();
     for entry in std::fs::read_dir(stage.images())? {
         let path = entry?.path();
         let is_disk = path.extension().is_some_and(|extension| extension == "qcow2");

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use freezeframe_api::v1alpha1::VMSnapshot;
-use freezeframe_e2e::{Disk, Format, verify_by_booting, witness};
+use freezeframe_e2e::snapshots::images;
+use freezeframe_e2e::{Disk, verify_by_booting, witness};
 
 use super::stage::Stage;
 use crate::progress::say;
@@ -17,20 +18,10 @@ pub struct Proved {
     pub a_minus_b: i64,
 }
 
-/// The images of a snapshot that is Ready, in the order of its disks.
-pub fn images_of(snapshot: &VMSnapshot) -> Result<Vec<Disk>> {
-    let status = snapshot.status.as_ref().context("the snapshot has no status")?;
-    let image = |disk: &freezeframe_api::v1alpha1::DiskSnapshot| {
-        let handle = disk.handle.as_ref().with_context(|| format!("disk {} has no handle", disk.name))?;
-        Ok(Disk::existing(&handle.0, Format::Qcow2))
-    };
-    status.disks.iter().map(image).collect()
-}
-
 /// Checks a snapshot's images offline, then boots a second guest from them. `acknowledged` is the last record that the
 /// first guest was told is durable before the snapshot was asked for.
 pub fn prove(snapshot: &VMSnapshot, acknowledged: u64, scratch: &Path) -> Result<Proved> {
-    let images = images_of(snapshot)?;
+    let images = images(snapshot)?;
     say("proof 1: the images alone, read offline without replaying a journal");
     let proved = witness_of(&images)?;
     ensure!(proved.b >= acknowledged, "record {acknowledged} was durable before the snapshot and is not in it");
