@@ -87,7 +87,7 @@ async fn snapshots_of_a_stopped_vm_are_deleted_and_it_starts_with_everything() -
     // The VM may be started while the layers are merged: either it waits for its lock, or the merge does.
     world.start_deleting("three").await?;
     world.start_deleting("one").await?;
-    world.guest = Some(stopped.restart_same_command_line().await?);
+    world.guest = Some(stopped.restart_when_unlocked().await?);
     let first = world.guest()?.heartbeat().beats().first().map_or(0, |beat| beat.record);
     ensure!(first > written, "records up to {written} were durable, but the guest goes on with {first}");
     for name in ["three", "one"] {

@@ -41,10 +41,10 @@ impl Guest {
         std::fs::create_dir_all(config.socket_directory())?;
         std::fs::create_dir_all(&config.directory)?;
         let invocation = command_line::build(&Cache::locate()?, &config)?;
-        Self::start(invocation, config).await
+        Self::start(invocation, config, Patience::None).await
     }
 
-    async fn start(invocation: Invocation, config: GuestConfig) -> Result<Self> {
+    async fn start(invocation: Invocation, config: GuestConfig, patience: Patience) -> Result<Self> {
         let console = config.file("console.log");
         if console.exists() {
             // QEMU empties it a little later, and until then the last boot's lines would pass for this one's.
@@ -52,6 +52,9 @@ impl Guest {
         }
         let mut process = Process::spawn("qemu", &invocation, &config.directory)?;
         let monitor = await_condition("QEMU's monitor", UP, async || {
+            if patience == Patience::UntilUnlocked && process.exit_status()?.is_some() {
+                process = Process::spawn("qemu", &invocation, &config.directory)?;
+            }
             process.ensure_running()?;
             Monitor::connect(&config.file("test-qmp.sock")).await.map(Some)
         })
@@ -156,6 +159,13 @@ impl Guest {
     }
 }
 
+/// Whether QEMU is started again when it ends before its monitor answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    None,
+    UntilUnlocked,
+}
+
 /// A guest that does not run any more.
 #[derive(Debug)]
 pub struct Stopped {
@@ -167,7 +177,12 @@ pub struct Stopped {
 impl Stopped {
     /// Starts QEMU with the very same arguments, whatever has happened to the files in the meantime.
     pub async fn restart_same_command_line(self) -> Result<Guest> {
-        Guest::start(self.invocation, self.config).await
+        Guest::start(self.invocation, self.config, Patience::None).await
+    }
+
+    /// The same, again and again while QEMU ends at once because somebody else has an image locked.
+    pub async fn restart_when_unlocked(self) -> Result<Guest> {
+        Guest::start(self.invocation, self.config, Patience::UntilUnlocked).await
     }
 
     /// Number of the last record that the guest was told is durable on both disks, as far as we heard.
