@@ -8,10 +8,10 @@ use kube::{Api, Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
 use tracing::info;
 
-use super::plan::Action;
+use super::plan::{Action, Seen};
 use crate::context::Context;
 use crate::error::{Error, bounded, unless_gone};
-use crate::events;
+use crate::{events, retention};
 
 /// Does what was planned, in order. Each write may be repeated: a reconcile that broke off begins from the top.
 pub async fn apply(snapshot: &VMSnapshot, actions: Vec<Action>, ctx: &Context) -> Result<(), Error> {
@@ -21,8 +21,9 @@ pub async fn apply(snapshot: &VMSnapshot, actions: Vec<Action>, ctx: &Context) -
             Action::AddFinalizer => writer.add_finalizer().await?,
             Action::CreateContent(content) => writer.create_content(&content).await?,
             Action::WriteStatus(status) => writer.write_status(&status).await?,
-            Action::SetDeletionPolicy { content, policy } => writer.set_deletion_policy(&content, policy).await?,
-            Action::DeleteContent { name, uid } => writer.delete_content(&name, uid).await?,
+            Action::SetDeletionPolicy { content, policy } => writer.set_deletion_policy(content, policy).await?,
+            Action::DeleteContent(content) => writer.delete_content(content).await?,
+            Action::LeaveContent(content) => writer.leave_content(&content).await?,
             Action::RemoveFinalizer => writer.remove_finalizer().await?,
         }
     }
@@ -62,7 +63,10 @@ impl Writer<'_> {
         });
         let patch = Patch::Merge(json!({"metadata": metadata}));
         let written = bounded(doing, self.snapshots().patch(&self.snapshot.name_any(), &by_operator(), &patch)).await?;
-        self.remember(&written);
+        if !written.finalizers().is_empty() || written.metadata.deletion_timestamp.is_none() {
+            // Else it is gone, and nobody would ask for it again.
+            self.remember(&written);
+        }
         Ok(written)
     }
 
@@ -106,21 +110,33 @@ impl Writer<'_> {
         info!(phase = ?status.phase, says = status.message, "wrote the status");
         self.ctx.metrics.count_outcome(self.snapshot, status, Timestamp::now());
         if let Some(event) = events::of_change(self.snapshot, status) {
-            events::publish(self.ctx, &event, &self.snapshot.object_ref(&())).await;
+            events::publish(self.ctx, event, &self.snapshot.object_ref(&())).await;
         }
     }
 
-    async fn set_deletion_policy(&self, content: &str, policy: DeletionPolicy) -> Result<(), Error> {
-        let patch = Patch::Merge(json!({"spec": {"deletionPolicy": policy}}));
+    async fn set_deletion_policy(&self, content: Seen, policy: DeletionPolicy) -> Result<(), Error> {
+        let patch = Patch::Merge(json!({
+            "metadata": {"uid": content.uid, "resourceVersion": content.version},
+            "spec": {"deletionPolicy": policy},
+        }));
         let (api, params) = (self.contents(), by_operator());
-        bounded("carrying the deletion policy to the content", api.patch(content, &params, &patch)).await.map(drop)
+        bounded("carrying the deletion policy to the content", api.patch(&content.name, &params, &patch))
+            .await
+            .map(drop)
     }
 
-    async fn delete_content(&self, name: &str, uid: String) -> Result<(), Error> {
-        let params = DeleteParams::default().preconditions(Preconditions { uid: Some(uid), resource_version: None });
-        let result = bounded("deleting the content", self.contents().delete(name, &params)).await;
-        unless_gone(result)?;
-        info!(content = name, "asked the node to undo its work");
+    async fn delete_content(&self, content: Seen) -> Result<(), Error> {
+        let preconditions = Preconditions { uid: content.uid, resource_version: None };
+        let params = DeleteParams::default().preconditions(preconditions);
+        unless_gone(bounded("deleting the content", self.contents().delete(&content.name, &params)).await)?;
+        info!(content = content.name, "asked the node to undo its work");
+        Ok(())
+    }
+
+    /// Before the snapshot is let go: from then on it is the content's own word that it isn't an orphan to be deleted.
+    async fn leave_content(&self, content: &VMSnapshotContent) -> Result<(), Error> {
+        retention::mark(self.ctx, content).await?;
+        events::publish(self.ctx, retention::event(content), &self.snapshot.object_ref(&())).await;
         Ok(())
     }
 
