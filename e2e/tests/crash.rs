@@ -1,6 +1,7 @@
 //! Programs die, hang, or are told to end in the middle of a window: the guest always comes back, and nothing is left.
 //! Needs `cargo xtask setup`.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -57,6 +58,13 @@ async fn run_into(world: &mut World, variable: &str, point: &str, name: &str) ->
     await_crash_point(world, before).await
 }
 
+/// What the guard has on disk.
+fn guard_records(world: &World) -> Result<Vec<String>> {
+    let mut names = files(&world.site.directory.join("guard"))?;
+    names.retain(|name| Path::new(name).extension().is_some_and(|extension| extension == "json"));
+    Ok(names)
+}
+
 /// Waits until nothing of a snapshot is left: no file, no layer in QEMU, no file descriptor, no record of the guard.
 async fn await_nothing_left(world: &World, vm: &str, guest: &Guest) -> Result<()> {
     let clean = await_condition("nothing to be left", TAKEN_BACK, async || {
@@ -65,8 +73,7 @@ async fn await_nothing_left(world: &World, vm: &str, guest: &Guest) -> Result<()
         let nodes = guest.monitor().execute("query-named-block-nodes", json!({"flat": true})).await?;
         let layers = nodes.as_array().map_or(0, |nodes| nodes.iter().filter(|node| node["drv"] == "qcow2").count());
         let jobs = guest.monitor().execute("query-block-jobs", json!({})).await?;
-        let records = files(&world.site.directory.join("guard"))?;
-        let records: Vec<_> = records.into_iter().filter(|name| name.ends_with(".json")).collect();
+        let records = guard_records(world)?;
         ensure!(in_directory.len() == disks, "files are left: {in_directory:?}");
         ensure!(layers == disks, "layers are left in QEMU: {nodes}");
         ensure!(jobs == json!([]), "jobs are left: {jobs}");
@@ -211,8 +218,7 @@ async fn a_freeze_that_comes_late_is_thawed_by_the_guard_or_without_one_by_the_a
 
     let other = world.boot(&WorldConfig { vm: "db-2".into(), ..config }).await?;
     world.apply_snapshot("alone", hasty("db-2", "20s")).await?;
-    let guard_record = world.site.directory.join("guard");
-    await_condition("the window to be armed", SOON, async || Ok((!files(&guard_record)?.is_empty()).then_some(())))
+    await_condition("the window to be armed", SOON, async || Ok((!guard_records(&world)?.is_empty()).then_some(())))
         .await?;
     world.programs.guard.kill_9()?;
     ensure_failed(&world.await_end("alone").await?, &[reasons::GUARD_UNAVAILABLE])?;

@@ -9,7 +9,7 @@ use freezeframe_api::v1alpha1::{Phase, VMSnapshot};
 use freezeframe_e2e::snapshots::{files, images, phase};
 use freezeframe_e2e::{Program, Site, World, WorldConfig, await_condition, await_object, witness};
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
@@ -70,7 +70,7 @@ async fn snapshots_of_one_vm_wait_for_one_another_and_a_deleted_one_for_nobody()
     world.apply_snapshot("dropped", spec()).await?;
     await_queued(&world, "dropped").await?;
     world.delete("dropped").await?;
-    assert_eq!(world.contents().list(&Default::default()).await?.items.len(), 1, "only the first has a work order");
+    assert_eq!(world.contents().list(&ListParams::default()).await?.items.len(), 1, "only the first has a work order");
     std::fs::write(released, "")?;
     let (first, second) = (ensure_ready(&world, "first").await?, ensure_ready(&world, "second").await?);
     assert!(cut_at(&first).is_some() && cut_at(&first) < cut_at(&second), "{first:?} {second:?}");
@@ -104,7 +104,7 @@ async fn a_snapshot_deleted_while_it_is_taken_leaves_nothing_and_the_next_one_go
 /// The lease of an operator that was killed would keep its successor waiting; that it runs out is another test's matter.
 async fn succeed_at_once(world: &mut World) -> Result<()> {
     let leases: Api<Lease> = Api::all(world.client.clone());
-    let held = leases.list(&Default::default()).await?.items.into_iter().find(|lease| lease.name_any() == LEASE);
+    let held = leases.list(&ListParams::default()).await?.items.into_iter().find(|lease| lease.name_any() == LEASE);
     let held = held.context("the operator's lease")?;
     let of_namespace: Api<Lease> = Api::namespaced(world.client.clone(), &held.namespace().context("a namespace")?);
     of_namespace.delete(LEASE, &DeleteParams::default()).await?;
