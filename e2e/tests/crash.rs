@@ -199,13 +199,14 @@ async fn without_a_guard_the_agent_thaws_at_once_and_opens_no_window_until_one_i
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_that_comes_late_is_thawed_by_the_guard_or_without_one_by_the_agent() -> Result<()> {
-    let config = WorldConfig { trouble: Trouble::SlowFreeze(8), ..WorldConfig::default() };
+    let config = WorldConfig { trouble: Trouble::SlowFreeze, ..WorldConfig::default() };
     let mut world = World::start(config.clone()).await?;
-    let since = Instant::now();
     let hasty = |vm: &str, timeout: &str| json!({"vmName": vm, "quiesce": {"freezeTimeout": timeout}});
     ensure_failed(&world.take("late", hasty("db-1", "1s")).await?, &[reasons::FREEZE_TIMED_OUT])?;
     let owed = world.take("owed", spec()).await?;
     ensure_failed(&owed, &[reasons::THAW_OWED]).map_err(|error| world.with_logs(error))?;
+    let since = Instant::now();
+    world.guest()?.release_freeze().await?;
     await_words(&world.programs.guard, "settled", 0).await?;
     assert!(
         world.programs.guard.log()?.contains("thawed"),
@@ -221,6 +222,7 @@ async fn a_freeze_that_comes_late_is_thawed_by_the_guard_or_without_one_by_the_a
     await_condition("the window to be armed", SOON, async || Ok((!guard_records(&world)?.is_empty()).then_some(())))
         .await?;
     world.programs.guard.kill_9()?;
+    other.release_freeze().await?;
     ensure_failed(&world.await_end("alone").await?, &[reasons::GUARD_UNAVAILABLE])?;
     other.await_records(10, Duration::from_secs(3)).await.map_err(|error| world.with_logs(error))?;
     Ok(())

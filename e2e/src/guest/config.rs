@@ -40,8 +40,10 @@ pub enum Agent {
 pub enum Trouble {
     /// Nothing.
     None,
-    /// The guest's first freeze takes so many seconds before it freezes anything: a hook of its owner is slow.
-    SlowFreeze(u32),
+    /// A hook of its owner keeps the guest's freezes waiting, before anything is frozen, until [`release_freeze`].
+    ///
+    /// [`release_freeze`]: super::Guest::release_freeze
+    SlowFreeze,
     /// Something in the guest thaws the first disk as soon as it is frozen.
     Thawer,
 }
@@ -50,7 +52,7 @@ impl Trouble {
     pub(super) fn switch(self) -> String {
         match self {
             Self::None => String::new(),
-            Self::SlowFreeze(seconds) => format!("slowfreeze={seconds}"),
+            Self::SlowFreeze => "slowfreeze=on".into(),
             Self::Thawer => "thawer=on".into(),
         }
     }

@@ -132,6 +132,17 @@ impl Guest {
         .await
     }
 
+    /// Lets the freezes go that [`Trouble::SlowFreeze`] keeps waiting, now and from now on.
+    pub async fn release_freeze(&self) -> Result<()> {
+        let mut control = UnixStream::connect(self.config.file("control.sock")).await?;
+        control.write_all(b"release\n").await?;
+        // The connection is kept until the guest has heard: QEMU drops what it hasn't passed on by the end of it.
+        await_condition("the freeze to be released", DOWN, async || {
+            Ok(self.console()?.contains("freeze released").then_some(()))
+        })
+        .await
+    }
+
     /// QEMU dies on the spot, as by the kernel's out-of-memory killer.
     pub fn kill(mut self) -> Result<Stopped> {
         self.process.kill_9()?;
