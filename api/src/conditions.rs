@@ -15,7 +15,8 @@ pub mod types {
     pub const READY: &str = "Ready";
     /// Failed for good: nothing more will happen by itself (kstatus: Failed).
     pub const STALLED: &str = "Stalled";
-    /// On a content: all that the node made for it is gone, or was kept on purpose.
+    /// From the deletion on. On a content: all that the node made for it is gone, or was left alone on purpose. On a
+    /// snapshot: False, and why it isn't gone yet.
     pub const REMOVED: &str = "Removed";
     /// On a target: the guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
@@ -99,7 +100,7 @@ pub mod reasons {
     pub const NOT_REQUESTED: &str = "NotRequested";
     /// Artifacts were deleted.
     pub const DELETED: &str = "Deleted";
-    /// Artifacts were kept, as `deletionPolicy: Retain` asks.
+    /// Artifacts were left alone, as `deletionPolicy: Retain` asks.
     pub const RETAINED: &str = "Retained";
     /// Artifacts couldn't be deleted yet; it is tried again.
     pub const DELETE_FAILED: &str = "DeleteFailed";

@@ -12,10 +12,12 @@ pub mod v1alpha1;
 /// API group of every kind.
 pub const GROUP: &str = "freezeframe.dev";
 
-/// Finalizer of the operator on a [`v1alpha1::VMSnapshot`]: removed when the content is gone.
+/// Finalizer of the operator on a [`v1alpha1::VMSnapshot`]: removed when the content is gone, or stays
+/// without it to list what `deletionPolicy: Retain` keeps.
 pub const SNAPSHOT_FINALIZER: &str = "freezeframe.dev/snapshot";
 
-/// Finalizer of the operator on a [`v1alpha1::VMSnapshotContent`]: removed when the node reported its artifacts gone.
+/// Finalizer of the operator on a [`v1alpha1::VMSnapshotContent`]: removed when the node reported its
+/// artifacts gone, or left alone.
 pub const CONTENT_FINALIZER: &str = "freezeframe.dev/content";
 
 /// Field manager of the operator's writes.
@@ -32,3 +34,7 @@ pub const SNAPSHOT_NAMESPACE_LABEL: &str = "freezeframe.dev/snapshot-namespace";
 
 /// Label on a content: name of its snapshot, cut to 63 characters.
 pub const SNAPSHOT_NAME_LABEL: &str = "freezeframe.dev/snapshot-name";
+
+/// Label on a content that stays after its snapshot's deletion, with the value `"true"`: it lists what was kept, and is
+/// an administrator's to delete.
+pub const SNAPSHOT_DELETED_LABEL: &str = "freezeframe.dev/snapshot-deleted";

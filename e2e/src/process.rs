@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
@@ -71,6 +72,8 @@ impl Invocation {
             command.current_dir(directory);
         }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // Ctrl-C in a terminal is for the owner, which ends its programs in their order.
+        command.process_group(0);
         Ok(command)
     }
 }

@@ -1,5 +1,6 @@
 //! The programs under test: operator, node agent and guard, as built, killed and stopped at will.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -158,6 +159,19 @@ impl Program {
         Ok(())
     }
 
+    /// SIGTERM, and doesn't wait.
+    pub fn ask_to_end(&mut self) -> Result<()> {
+        self.process.signal(Signal::TERM)
+    }
+
+    /// Waits until it has ended by itself; fails if that was not with success.
+    pub async fn await_success(&mut self) -> Result<()> {
+        let what = format!("the {} to end", self.name);
+        let status = await_condition(&what, TERMINATED, async || self.process.exit_status()).await?;
+        ensure!(status.success(), "{} ended with {status}", self.name);
+        Ok(())
+    }
+
     /// Whether it runs; a stopped one does.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.process.exit_status()?.is_none())
@@ -169,6 +183,16 @@ impl Program {
             self.kill_9()?;
         }
         self.process = Process::spawn(self.name, &self.invocation, &self.directory)?;
+        Ok(())
+    }
+
+    /// Starts it with one more environment variable, for this life alone; one that still runs is killed first.
+    pub fn restart_with(&mut self, variable: &str, value: impl AsRef<OsStr>) -> Result<()> {
+        if self.is_running()? {
+            self.kill_9()?;
+        }
+        let invocation = self.invocation.clone().env(variable, value);
+        self.process = Process::spawn(self.name, &invocation, &self.directory)?;
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::{
     Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Programs, Site, Style,
-    await_condition,
+    Trouble, await_condition,
 };
 
 /// A disk to make for the guest.
@@ -40,6 +40,8 @@ pub struct WorldConfig {
     pub load: Load,
     /// Whether the guest runs an agent.
     pub agent: Agent,
+    /// What goes wrong in the guest.
+    pub trouble: Trouble,
     /// How its disks stand on its command line.
     pub style: Style,
 }
@@ -54,6 +56,7 @@ impl Default for WorldConfig {
             disks: vec![disk(Filesystem::Ext4), disk(Filesystem::Xfs)],
             load: Load::Light,
             agent: Agent::On,
+            trouble: Trouble::None,
             style: Style::Blockdev,
         }
     }
@@ -171,6 +174,7 @@ fn guest_config(config: &WorldConfig, root: &Path, vm_root: &Path) -> Result<Gue
         guest.disks.push(make_disk(&images, name, *spec)?);
     }
     (guest.load, guest.agent, guest.style) = (config.load, config.agent, config.style);
+    guest.trouble = config.trouble;
     Ok(guest)
 }
 

@@ -1,11 +1,13 @@
 //! Watches this node's work orders and runs a session for each.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent};
 use futures::channel::mpsc;
 use futures::{SinkExt, StreamExt};
+use kube::api::ListParams;
 use kube::runtime::controller::{Action, Config as ControllerConfig};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::{Controller, watcher};
@@ -15,7 +17,7 @@ use tracing::{Instrument, info_span};
 
 use crate::locks::VmLocks;
 use crate::metrics::Metrics;
-use crate::report::{ReportError, report};
+use crate::report::{ReportError, call, report};
 use crate::session::journal::{JournalError, SessionRecord, Stage};
 use crate::session::order::Order;
 use crate::session::{Progress, Sessions, Turn};
@@ -62,8 +64,8 @@ pub async fn run(context: Context, node: &str, stop: CancellationToken) {
     let controller = Controller::new(contents, watched);
     let store = controller.store();
     let shared = Arc::new(Shared { context, store, moved });
-    recover(&shared);
-    tokio::spawn(stop.clone().run_until_cancelled_owned(sweep(shared.clone())));
+    recover(&shared, &stop);
+    tokio::spawn(stop.clone().run_until_cancelled_owned(sweep(shared.clone(), node.to_owned())));
     controller
         .with_config(ControllerConfig::default().concurrency(64))
         .reconcile_on(to_follow)
@@ -120,7 +122,7 @@ async fn serve(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> R
 /// A record that needs no more work, if that is what the journal has.
 fn settled(order: &Order, shared: &Shared) -> Result<Option<SessionRecord>, JournalError> {
     let record = shared.context.sessions.journal.load(&order.uid)?;
-    Ok(record.filter(|record| !matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed)))
+    Ok(record.filter(|record| !is_unsettled(record)))
 }
 
 async fn delete(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> Result<Action, Error> {
@@ -181,37 +183,57 @@ impl Progress for NotAsked {
 }
 
 /// Goes on with what a crash interrupted, without waiting for the API: the VM's files must be right first.
-fn recover(shared: &Arc<Shared>) {
+fn recover(shared: &Arc<Shared>, stop: &CancellationToken) {
     let records = shared.context.sessions.journal.all().unwrap_or_else(|error| {
         tracing::error!(error = crate::session::outcome::chain(&error), "the journal can't be read");
         vec![]
     });
-    for record in records.into_iter().filter(|record| matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed))
-    {
-        let shared = shared.clone();
+    for record in records.into_iter().filter(is_unsettled) {
         let (namespace, name) = &record.order.snapshot;
         let span = info_span!("recovery", snapshot = format!("{namespace}/{name}"), vm = %record.order.vm);
-        let resume = async move {
-            let _turn = shared.context.locks.turn(&record.order.vm).await;
-            match shared.context.sessions.advance(&record.order, &NotAsked).await {
-                Ok(_) => tracing::info!("went on with an interrupted snapshot"),
-                Err(error) => tracing::error!(%error, "an interrupted snapshot can't be gone on with"),
-            }
-        };
-        tokio::spawn(resume.instrument(span));
+        let recovery = recover_one(shared.clone(), record.order, stop.clone());
+        tokio::spawn(recovery.instrument(span));
     }
 }
 
+/// Tries until nothing is left to do: right after a crash the guard may still have the VM.
+async fn recover_one(shared: Arc<Shared>, order: Order, stop: CancellationToken) {
+    loop {
+        match recover_step(&shared, &order).await {
+            Ok(true) => return tracing::info!("went on with an interrupted snapshot"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "an interrupted snapshot can't be gone on with"),
+        }
+        if stop.run_until_cancelled(tokio::time::sleep(TRY_AGAIN)).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// One try; whether there is no more to do. The controller may have been faster, or the snapshot deleted.
+async fn recover_step(shared: &Shared, order: &Order) -> Result<bool, JournalError> {
+    let _turn = shared.context.locks.turn(&order.vm).await;
+    let record = shared.context.sessions.journal.load(&order.uid)?;
+    if !record.as_ref().is_some_and(is_unsettled) {
+        return Ok(true);
+    }
+    Ok(matches!(shared.context.sessions.advance(order, &NotAsked).await?, Turn::Over(_)))
+}
+
+fn is_unsettled(record: &SessionRecord) -> bool {
+    matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed)
+}
+
 /// Forgets records of which neither artifact nor object is left, and counts those that nobody asks for.
-async fn sweep(shared: Arc<Shared>) {
+async fn sweep(shared: Arc<Shared>, node: String) {
     let mut beat = tokio::time::interval(SWEEP);
     loop {
         beat.tick().await;
-        if shared.store.wait_until_ready().await.is_err() {
-            return;
-        }
         let Ok(records) = shared.context.sessions.journal.all() else { continue };
-        let wanted: std::collections::HashSet<_> = shared.store.state().iter().filter_map(|c| c.uid()).collect();
+        let contents: Api<VMSnapshotContent> = Api::all(shared.context.client.clone());
+        let ours = ListParams::default().fields(&format!("spec.nodeName={node}"));
+        let Ok(listed) = call("the list of this node's contents", contents.list(&ours)).await else { continue };
+        let wanted: HashSet<_> = listed.items.iter().filter_map(ResourceExt::uid).collect();
         let unwanted = records.into_iter().filter(|record| !wanted.contains(&record.order.uid));
         let (gone, left): (Vec<_>, Vec<_>) = unwanted.partition(|record| record.stage == Stage::Removed);
         for record in gone {

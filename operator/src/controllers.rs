@@ -1,4 +1,4 @@
-//! Watches and controllers: which change of which object has which snapshot looked at again.
+//! Watches and controllers: what they watch has the objects looked at again that it is news to.
 //!
 //! There is one watch a kind. Each fills its cache before it passes an event on, so what an event wakes sees its cause.
 
@@ -6,11 +6,11 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMTarget};
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use kube::runtime::controller::{Action, Config, Controller, Error as ControllerError};
-use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use tracing::{Instrument as _, error, info_span, warn};
 use crate::caches::{Caches, Guarded, Source, Sources};
 use crate::context::Context;
 use crate::error::Error;
+use crate::wakes::{self, Ref};
 use crate::{content, vmsnapshot};
 
 /// Objects of one kind that are worked on at a time: each waits for the server most of the time.
@@ -27,15 +28,15 @@ const CONCURRENCY: u16 = 16;
 /// How long reconciles may go on after the stop. One that is cut off is begun anew by the next process.
 const LINGER: Duration = Duration::from_secs(10);
 
-type Ref = ObjectRef<Guarded<VMSnapshot>>;
-
 /// Runs the controllers until `stop` is cancelled and the reconciles under way have ended, ten seconds later at the
 /// latest. Dropping the future ends them at once.
 pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
-    let (wake, woken) = unbounded();
-    let contents = sources.contents.watch(ctx.client.clone()).inspect_ok(wake_snapshot(wake.clone()));
-    let snapshots =
-        sources.snapshots.watch(ctx.client.clone()).inspect_ok(wake_followers(ctx.caches.snapshots.clone(), wake));
+    let (of_content, woken) = unbounded();
+    let (of_snapshot, cache) = (of_content.clone(), ctx.caches.snapshots.clone());
+    let contents = sources.contents.watch(ctx.client.clone());
+    let contents = contents.inspect_ok(move |content| wake(&of_content, wakes::by_content(content)));
+    let snapshots = sources.snapshots.watch(ctx.client.clone());
+    let snapshots = snapshots.inspect_ok(move |snapshot| wake(&of_snapshot, wakes::by_snapshot(&cache, snapshot)));
     let of_contents = Controller::for_stream(contents, ctx.caches.contents.clone())
         .with_config(Config::default().concurrency(CONCURRENCY))
         .graceful_shutdown_on(stop.clone().cancelled_owned())
@@ -69,56 +70,17 @@ fn snapshot_controller(
     Controller::for_stream(snapshots, cache)
         .with_config(Config::default().concurrency(CONCURRENCY))
         .reconcile_on(woken)
-        .watches_stream(targets.watch(ctx.client.clone()), move |target: Guarded<VMTarget>| {
-            unsettled(&by_target, |snapshot| {
-                snapshot.namespace() == target.namespace() && snapshot.spec.vm_name == target.name_any()
-            })
-        })
-        .watches_stream(classes.watch(ctx.client.clone()), move |class: Guarded<VMSnapshotClass>| {
-            let name = class.name_any();
-            unsettled(&by_class, |snapshot| snapshot.spec.class_name.as_ref().is_none_or(|wanted| *wanted == name))
-        })
+        .watches_stream(targets.watch(ctx.client.clone()), move |target| wakes::by_target(&by_target, &target))
+        .watches_stream(classes.watch(ctx.client.clone()), move |class| wakes::by_class(&by_class, &class))
 }
 
-fn wake_snapshot(wake: UnboundedSender<Ref>) -> impl FnMut(&Guarded<VMSnapshotContent>) + Send + 'static {
-    move |content| {
-        if let Ok(content) = &content.0 {
-            let owner = &content.spec.vm_snapshot_ref;
-            send(&wake, ObjectRef::new(&owner.name).within(&owner.namespace));
+fn wake(wakes: &UnboundedSender<Ref>, snapshots: impl IntoIterator<Item = Ref>) {
+    for snapshot in snapshots {
+        // The receiver is gone when the controller is; then there is nobody to wake.
+        if wakes.unbounded_send(snapshot).is_err() {
+            warn!("the controller of snapshots has ended");
         }
     }
-}
-
-/// Wakes those that wait for the VM of a snapshot which needs it no more.
-fn wake_followers(
-    cache: Store<Guarded<VMSnapshot>>,
-    wake: UnboundedSender<Ref>,
-) -> impl FnMut(&Guarded<VMSnapshot>) + Send + 'static {
-    move |touched| {
-        let Ok(snapshot) = &touched.0 else { return };
-        let gone = cache.get(&ObjectRef::from_obj(touched)).is_none();
-        if gone || vmsnapshot::is_settled(snapshot) || snapshot.metadata.deletion_timestamp.is_some() {
-            for follower in
-                unsettled(&cache, |other| vmsnapshot::same_vm(snapshot, other) && other.uid() != snapshot.uid())
-            {
-                send(&wake, follower);
-            }
-        }
-    }
-}
-
-fn send(wake: &UnboundedSender<Ref>, snapshot: Ref) {
-    // The receiver is gone when the controller is; then there is nobody to wake.
-    if wake.unbounded_send(snapshot).is_err() {
-        warn!("the controller of snapshots has ended");
-    }
-}
-
-fn unsettled(cache: &Store<Guarded<VMSnapshot>>, wanted: impl Fn(&VMSnapshot) -> bool) -> Vec<Ref> {
-    let matches = |object: &Arc<Guarded<VMSnapshot>>| {
-        object.0.as_ref().is_ok_and(|snapshot| !vmsnapshot::is_settled(snapshot) && wanted(snapshot))
-    };
-    cache.state().iter().filter(|object| matches(object)).map(|object| ObjectRef::from_obj(&**object)).collect()
 }
 
 fn measured<K, F>(
@@ -156,7 +118,7 @@ fn error_policy<K: Resource<DynamicType = ()>>(
     ctx.metrics.count_error(controller, kind);
     let wait = ctx.retries.after_error(&key, kind);
     warn!(object = key, error = error as &dyn std::error::Error, ?wait, "reconcile broke off");
-    wait.map_or_else(Action::await_change, Action::requeue)
+    Action::requeue(wait)
 }
 
 fn key<K: Resource<DynamicType = ()>>(controller: &str, object: &K) -> String {

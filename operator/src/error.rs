@@ -48,7 +48,7 @@ pub enum ErrorKind {
     Unavailable,
     /// The server won't: somebody has to change something.
     Refused,
-    /// Nothing helps but another version of the object.
+    /// Nothing helps but another version of an object.
     Unreadable,
 }
 
@@ -100,10 +100,11 @@ pub(crate) async fn bounded<T>(
     }
 }
 
-/// Takes an object that isn't there any more for one that was dealt with.
+/// None for an object that isn't there. The server must say so itself: 404 without this reason is said of a kind that
+/// it doesn't serve, or by something in between, and nothing may be deleted on that word.
 pub(crate) fn unless_gone<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     match result {
-        Err(Error::Api { source: kube::Error::Api(status), .. }) if status.is_not_found() => Ok(None),
+        Err(Error::Api { source: kube::Error::Api(status), .. }) if status.reason == "NotFound" => Ok(None),
         other => other.map(Some),
     }
 }

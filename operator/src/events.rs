@@ -37,8 +37,28 @@ fn noteworthy(status: &VMSnapshotStatus) -> Option<(EventType, &'static str, Str
 }
 
 /// Publishes an event. One that is lost is no reason to fail: the status says the same.
-pub async fn publish(ctx: &Context, event: &Event, regarding: &ObjectReference) {
-    if let Err(error) = bounded("publishing an event", ctx.recorder.publish(event, regarding)).await {
+pub async fn publish(ctx: &Context, mut event: Event, regarding: &ObjectReference) {
+    event.note = event.note.as_deref().map(cut);
+    if let Err(error) = bounded("publishing an event", ctx.recorder.publish(&event, regarding)).await {
         warn!(error = &error as &dyn std::error::Error, reason = event.reason, "event lost");
+    }
+}
+
+/// Longest note that the API takes, in bytes.
+const NOTE_LENGTH: usize = 1024;
+
+fn cut(note: &str) -> String {
+    let fits = |(start, char): &(usize, char)| start + char.len_utf8() <= NOTE_LENGTH;
+    note.char_indices().take_while(fits).map(|(_, char)| char).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_cut_to_what_the_api_takes_between_two_characters() {
+        assert_eq!(cut("the disks are cut"), "the disks are cut");
+        assert_eq!(cut(&format!("a{}", "é".repeat(600))).len(), NOTE_LENGTH - 1);
     }
 }

@@ -17,6 +17,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::PostParams;
 use kube::core::ObjectMeta;
 use kube::{Api, Client};
+use thiserror::Error;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -43,6 +44,11 @@ pub struct Candidate {
     identity: String,
 }
 
+/// The lease was lost by one that acted as its holder.
+#[derive(Debug, Error)]
+#[error("the lease is lost")]
+pub struct Lost;
+
 /// The lease as it was last seen to change.
 struct Seen {
     spec: LeaseSpec,
@@ -54,6 +60,22 @@ impl Candidate {
     #[must_use]
     pub fn new(client: Client, namespace: &str, identity: &str) -> Self {
         Self { leases: Api::namespaced(client, namespace), identity: identity.to_owned() }
+    }
+
+    /// Stands by for the lease, then acts until the end of `act`, and gives the lease up; or until it is lost: `act` is
+    /// dropped then, for nothing that was begun as the leader may go on. `stop` ends the standing by.
+    pub async fn lead(&self, act: impl Future<Output = ()>, stop: CancellationToken) -> Result<(), Lost> {
+        let Some(held) = stop.run_until_cancelled(self.acquire()).await else { return Ok(()) };
+        let release = CancellationToken::new();
+        let keep = self.keep(held, release.clone());
+        tokio::pin!(keep);
+        tokio::select! {
+            () = &mut keep => return Err(Lost),
+            () = act => {}
+        }
+        release.cancel();
+        keep.await;
+        Ok(())
     }
 
     /// Returns when this one leads, with the instant at which it asked to.

@@ -8,8 +8,12 @@ pub mod context;
 pub mod controllers;
 pub mod error;
 pub mod events;
+#[cfg(test)]
+mod fixtures;
 pub mod leader;
 pub mod metrics;
+mod retention;
 pub mod retries;
 pub mod vmsnapshot;
+mod wakes;
 pub mod written;

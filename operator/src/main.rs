@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use freezeframe_operator::args::Args;
-use freezeframe_operator::caches::{Caches, Sources};
+use freezeframe_operator::caches::Caches;
 use freezeframe_operator::context::Context;
 use freezeframe_operator::controllers;
 use freezeframe_operator::leader::Candidate;
@@ -16,7 +16,6 @@ use freezeframe_runtime::shutdown::Shutdown;
 use freezeframe_runtime::telemetry;
 use kube::Client;
 use prometheus_client::registry::Registry;
-use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -28,37 +27,19 @@ async fn main() -> Result<()> {
     let (metrics, readiness, mut registry) = (Metrics::default(), Readiness::default(), Registry::default());
     metrics.register(&mut registry);
     registry.register_collector(Box::new(PhaseGauge(caches.snapshots.clone())));
+    let reachable = readiness.gate("cluster");
     let server = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness.clone()).await?;
     let serving = tokio::spawn(server.serve(shutdown.token()));
-    let reachable = readiness.gate("cluster");
     client.apiserver_version().await.context("asking the cluster for its version")?;
     reachable.open();
     let context = Arc::new(Context::new(client.clone(), caches, metrics, Some(args.identity.clone())));
+    let acting = Box::pin(controllers::run(context, sources, shutdown.token()));
     if args.leader_elect {
         let candidate = Candidate::new(client, &args.lease_namespace, &args.identity);
-        lead(&candidate, context, sources, &shutdown).await?;
+        candidate.lead(acting, shutdown.token()).await?;
     } else {
-        controllers::run(context, sources, shutdown.token()).await;
+        acting.await;
     }
     shutdown.begin();
     serving.await?.context("the administrative server")
-}
-
-/// Stands by for the lease, then acts until the shutdown, or until the lease is lost: that ends the process, for
-/// nothing that was begun as the leader may go on.
-async fn lead(candidate: &Candidate, context: Arc<Context>, sources: Sources, shutdown: &Shutdown) -> Result<()> {
-    let held = tokio::select! {
-        () = shutdown.wait() => return Ok(()),
-        held = candidate.acquire() => held,
-    };
-    let release = CancellationToken::new();
-    let keep = candidate.keep(held, release.clone());
-    tokio::pin!(keep);
-    tokio::select! {
-        () = &mut keep => bail!("the lease is lost"),
-        () = controllers::run(context, sources, shutdown.token()) => {}
-    }
-    release.cancel();
-    keep.await;
-    Ok(())
 }

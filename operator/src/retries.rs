@@ -13,8 +13,8 @@ pub struct Retries {
 }
 
 impl Retries {
-    /// How long to wait after one more error on the object; None: until it changes.
-    pub fn after_error(&self, object: &str, kind: ErrorKind) -> Option<Duration> {
+    /// How long to wait after one more error on the object.
+    pub fn after_error(&self, object: &str, kind: ErrorKind) -> Duration {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, count) = failures.entry(object.to_owned()).or_insert((kind, 0));
         if *last != kind {
@@ -30,15 +30,16 @@ impl Retries {
     }
 }
 
-fn delay(kind: ErrorKind, count: u32) -> Option<Duration> {
+fn delay(kind: ErrorKind, count: u32) -> Duration {
     let (first, most) = match kind {
         ErrorKind::Conflict => (Duration::from_millis(50), Duration::from_secs(5)),
         ErrorKind::Unavailable => (Duration::from_millis(500), Duration::from_secs(60)),
         ErrorKind::Refused => (Duration::from_secs(5), Duration::from_secs(5 * 60)),
-        ErrorKind::Unreadable => return None,
+        // It may also be deleted, or be another object that this one rests on.
+        ErrorKind::Unreadable => (Duration::from_secs(30), Duration::from_secs(10 * 60)),
     };
     let factor = 2_u32.checked_pow(count.saturating_sub(1)).unwrap_or(u32::MAX);
-    Some(first.checked_mul(factor).map_or(most, |delay| delay.min(most)))
+    first.checked_mul(factor).map_or(most, |delay| delay.min(most))
 }
 
 #[cfg(test)]
@@ -48,10 +49,10 @@ mod tests {
     #[test]
     fn each_error_in_a_row_doubles_the_wait_up_to_a_bound() {
         let retries = Retries::default();
-        let waits: Vec<_> = (0..9).filter_map(|_| retries.after_error("a", ErrorKind::Unavailable)).collect();
+        let waits: Vec<_> = (0..9).map(|_| retries.after_error("a", ErrorKind::Unavailable)).collect();
         assert_eq!(waits[..3], [500, 1000, 2000].map(Duration::from_millis));
         assert_eq!(waits[8], Duration::from_secs(60));
-        assert_eq!(delay(ErrorKind::Conflict, u32::MAX), Some(Duration::from_secs(5)));
+        assert_eq!(delay(ErrorKind::Conflict, u32::MAX), Duration::from_secs(5));
     }
 
     #[test]
@@ -60,13 +61,13 @@ mod tests {
         for _ in 0..5 {
             retries.after_error("a", ErrorKind::Conflict);
         }
-        assert_eq!(retries.after_error("a", ErrorKind::Refused), Some(Duration::from_secs(5)));
+        assert_eq!(retries.after_error("a", ErrorKind::Refused), Duration::from_secs(5));
         retries.after_success("a");
-        assert_eq!(retries.after_error("a", ErrorKind::Refused), Some(Duration::from_secs(5)));
+        assert_eq!(retries.after_error("a", ErrorKind::Refused), Duration::from_secs(5));
     }
 
     #[test]
-    fn an_object_that_cannot_be_read_waits_for_a_change() {
-        assert_eq!(Retries::default().after_error("a", ErrorKind::Unreadable), None);
+    fn what_waits_for_an_object_that_cannot_be_read_looks_again_by_itself() {
+        assert_eq!(Retries::default().after_error("a", ErrorKind::Unreadable), Duration::from_secs(30));
     }
 }

@@ -152,3 +152,34 @@ async fn a_leader_that_stops_in_order_leaves_the_lease_free() {
     };
     tokio::join!(candidate.keep(Instant::now(), stop), script);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_was_begun_as_the_leader_ends_with_the_lease() {
+    let (candidate, mut server) = candidate();
+    let acting = CancellationToken::new();
+    let guard = acting.clone().drop_guard();
+    let act = async move {
+        let _dropped_with_the_action = guard;
+        pending::<()>().await;
+    };
+    let script = async {
+        look(&mut server, &lease("", 0)).await;
+        claim(&mut server).await.answer(&lease("me", 1));
+        look(&mut server, &lease("other", 2)).await;
+    };
+    let (result, ()) = tokio::join!(candidate.lead(act, CancellationToken::new()), script);
+    assert!(result.is_err() && acting.is_cancelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_stands_by_stops_without_having_acted() {
+    let (candidate, mut server) = candidate();
+    let stop = CancellationToken::new();
+    let script = async {
+        look(&mut server, &lease("other", 0)).await;
+        stop.cancel();
+    };
+    let act = async { panic!("acted without the lease") };
+    let (result, ()) = tokio::join!(candidate.lead(act, stop.clone()), script);
+    result.unwrap();
+}

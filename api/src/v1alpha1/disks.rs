@@ -35,7 +35,7 @@ pub enum DiskSnapshotState {
     Failed,
     /// Deleted.
     Removed,
-    /// Kept after its snapshot's deletion, as `deletionPolicy: Retain` asks.
+    /// Left alone when its content was deleted, as `deletionPolicy: Retain` asks, or because another image needs it.
     Retained,
 }
 

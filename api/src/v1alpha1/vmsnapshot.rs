@@ -14,7 +14,10 @@ pub enum DeletionPolicy {
     /// The data is deleted too, without harm to the VM or to other snapshots.
     #[default]
     Delete,
-    /// The data stays on the node, and the content lists it.
+    /// The data stays on the node, and so does the VMSnapshotContent, which lists it: the snapshot goes without it. To
+    /// delete the data later, set the content's `deletionPolicy` to `Delete`, then delete the content; deleted as it
+    /// is, the content goes and the data is left alone. Only a cut that a node has reported counts as data: nothing is
+    /// kept of a snapshot that failed, or that is deleted before that.
     Retain,
 }
 
@@ -102,7 +105,8 @@ pub struct VMSnapshotSpec {
     // As the enumeration itself, because an optional one loses the description above.
     #[schemars(with = "DeletionPolicy")]
     pub deletion_policy: Option<DeletionPolicy>,
-    /// Keeps the snapshot from being deleted while it is true. Set by the user, at any time; false when absent.
+    /// Keeps the snapshot and its data from being deleted while it is true. Set by the user, at any time; false when
+    /// absent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hold: bool,
 }
@@ -142,7 +146,10 @@ pub struct VMSnapshotStatus {
     /// The most important condition's message, for `kubectl get -o wide`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// `Accepted`, `Quiesced`, `Ready`, and `Stalled` when it failed for good.
+    /// `Accepted`, `Quiesced`, `Ready`; `Stalled` when it failed for good; and, from the deletion on, `Removed`: False
+    /// with why the snapshot is still there, by reason `Held` (`hold` is true), `InProgress` (the node removes the data)
+    /// or `DeleteFailed` (the node can't now, and tries again; the message is its own). It never becomes True: the
+    /// snapshot is gone then.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

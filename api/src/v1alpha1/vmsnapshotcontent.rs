@@ -54,6 +54,7 @@ pub enum ContentPhase {
     printcolumn(name = "Snapshot", type_ = "string", json_path = ".spec.vmSnapshotRef.name"),
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.vmName"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "DeletionPolicy", type_ = "string", json_path = ".spec.deletionPolicy"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -90,7 +91,8 @@ pub struct VMSnapshotContentSpec {
     /// No cut after this instant: the agent never starts a session whose deadline has passed.
     #[x_kube(validation = Rule::new("self == oldSelf").message("deadline is immutable"))]
     pub deadline: Time,
-    /// What happens to the data when the content is deleted. The operator keeps it equal to the snapshot's.
+    /// What happens to the data when the content is deleted. The operator keeps it equal to the snapshot's; once the
+    /// snapshot is gone, the administrator may set it.
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
 }
@@ -116,7 +118,8 @@ pub struct VMSnapshotContentStatus {
     /// The disks, one entry each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSnapshot>,
-    /// `Accepted`, `Quiesced`, `Ready`, and `Removed` after deletion.
+    /// `Accepted`, `Quiesced`, `Ready`, and from the deletion on `Removed`: True when the node is done with it, by
+    /// reason `Deleted` or `Retained` (the data was left alone), False by reason `DeleteFailed` while it can't be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -16,8 +16,9 @@ const KERNEL: &str = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check r
 pub(super) fn build(cache: &Cache, config: &GuestConfig) -> Result<Invocation> {
     let agent = if config.agent == Agent::On { "on" } else { "off" };
     let (load, pause) = (config.load.name(), config.writer_pause.as_micros());
+    let trouble = config.trouble.switch();
     let sockets = config.socket_directory();
-    let invocation = kernel(cache, config, &format!("load={load} wsleep={pause} agent={agent}"))?
+    let invocation = kernel(cache, config, &format!("load={load} wsleep={pause} agent={agent} {trouble}"))?
         .args(monitor("qmp", &sockets.join("qmp.sock")))
         .args(monitor("test-qmp", &config.file("test-qmp.sock")))
         .args(port("qga", "org.qemu.guest_agent.0", &sockets.join("qga.sock")))

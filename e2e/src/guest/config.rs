@@ -35,6 +35,29 @@ pub enum Agent {
     Off,
 }
 
+/// What goes wrong in the guest, on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Nothing.
+    None,
+    /// A hook of its owner keeps the guest's freezes waiting, before anything is frozen, until [`release_freeze`].
+    ///
+    /// [`release_freeze`]: super::Guest::release_freeze
+    SlowFreeze,
+    /// Something in the guest thaws the first disk as soon as it is frozen.
+    Thawer,
+}
+
+impl Trouble {
+    pub(super) fn switch(self) -> String {
+        match self {
+            Self::None => String::new(),
+            Self::SlowFreeze => "slowfreeze=on".into(),
+            Self::Thawer => "thawer=on".into(),
+        }
+    }
+}
+
 /// How the disks stand on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
@@ -63,6 +86,8 @@ pub struct GuestConfig {
     pub writer_pause: Duration,
     /// Whether it has a guest agent.
     pub agent: Agent,
+    /// What goes wrong in it.
+    pub trouble: Trouble,
     /// How its disks are given.
     pub style: Style,
     /// Memory in MiB; 128 is the least that boots.
@@ -84,6 +109,7 @@ impl GuestConfig {
             load: Load::Light,
             writer_pause: Duration::from_millis(10),
             agent: Agent::On,
+            trouble: Trouble::None,
             style: Style::Blockdev,
             memory_mib: 192,
             extra_arguments: Vec::new(),

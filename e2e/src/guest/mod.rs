@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-pub use config::{Agent, GuestConfig, Load, Style};
+pub use config::{Agent, GuestConfig, Load, Style, Trouble};
 pub use verify::{Verified, verify_by_booting};
 
 use crate::{Cache, Heartbeat, Invocation, Monitor, Process, await_condition};
@@ -41,10 +41,10 @@ impl Guest {
         std::fs::create_dir_all(config.socket_directory())?;
         std::fs::create_dir_all(&config.directory)?;
         let invocation = command_line::build(&Cache::locate()?, &config)?;
-        Self::start(invocation, config).await
+        Self::start(invocation, config, Patience::None).await
     }
 
-    async fn start(invocation: Invocation, config: GuestConfig) -> Result<Self> {
+    async fn start(invocation: Invocation, config: GuestConfig, patience: Patience) -> Result<Self> {
         let console = config.file("console.log");
         if console.exists() {
             // QEMU empties it a little later, and until then the last boot's lines would pass for this one's.
@@ -52,6 +52,9 @@ impl Guest {
         }
         let mut process = Process::spawn("qemu", &invocation, &config.directory)?;
         let monitor = await_condition("QEMU's monitor", UP, async || {
+            if patience == Patience::UntilUnlocked && process.exit_status()?.is_some() {
+                process = Process::spawn("qemu", &invocation, &config.directory)?;
+            }
             process.ensure_running()?;
             Monitor::connect(&config.file("test-qmp.sock")).await.map(Some)
         })
@@ -129,6 +132,17 @@ impl Guest {
         .await
     }
 
+    /// Lets the freezes go that [`Trouble::SlowFreeze`] keeps waiting, now and from now on.
+    pub async fn release_freeze(&self) -> Result<()> {
+        let mut control = UnixStream::connect(self.config.file("control.sock")).await?;
+        control.write_all(b"release\n").await?;
+        // The connection is kept until the guest has heard: QEMU drops what it hasn't passed on by the end of it.
+        await_condition("the freeze to be released", DOWN, async || {
+            Ok(self.console()?.contains("freeze released").then_some(()))
+        })
+        .await
+    }
+
     /// QEMU dies on the spot, as by the kernel's out-of-memory killer.
     pub fn kill(mut self) -> Result<Stopped> {
         self.process.kill_9()?;
@@ -156,6 +170,13 @@ impl Guest {
     }
 }
 
+/// Whether QEMU is started again when it ends before its monitor answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    None,
+    UntilUnlocked,
+}
+
 /// A guest that does not run any more.
 #[derive(Debug)]
 pub struct Stopped {
@@ -167,7 +188,12 @@ pub struct Stopped {
 impl Stopped {
     /// Starts QEMU with the very same arguments, whatever has happened to the files in the meantime.
     pub async fn restart_same_command_line(self) -> Result<Guest> {
-        Guest::start(self.invocation, self.config).await
+        Guest::start(self.invocation, self.config, Patience::None).await
+    }
+
+    /// The same, again and again while QEMU ends at once because somebody else has an image locked.
+    pub async fn restart_when_unlocked(self) -> Result<Guest> {
+        Guest::start(self.invocation, self.config, Patience::UntilUnlocked).await
     }
 
     /// Number of the last record that the guest was told is durable on both disks, as far as we heard.

@@ -91,6 +91,12 @@ pub async fn node_files(
     Ok(NodeFiles(graph.nodes().map(|node| (node.name.clone(), resolve(node))).collect()))
 }
 
+/// Whether QEMU opened the node's file by descriptor.
+#[must_use]
+pub fn is_by_descriptor(node: &Node) -> bool {
+    node.file.starts_with(FDSET_PREFIX)
+}
+
 fn pinned_file(node: &Node, sets: &[FdSet]) -> Option<NodeFile> {
     let number: i64 = node.file.strip_prefix(FDSET_PREFIX)?.parse().ok()?;
     let set = sets.iter().find(|set| set.id == number)?;

@@ -20,6 +20,13 @@ pub fn find(root: &Path) -> io::Result<Vec<VmKey>> {
     Ok(found)
 }
 
+/// Whether a VM's directory is there, with or without sockets in it.
+pub fn is_there(root: &Path, vm: &VmKey) -> bool {
+    let namespace = root.join(&vm.namespace);
+    let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    is_directory(&namespace) && is_directory(&namespace.join(&vm.name))
+}
+
 /// Names of the directories in one; others, and names that Kubernetes wouldn't take, are passed over.
 fn directories(parent: &Path) -> io::Result<Vec<String>> {
     let mut names = vec![];

@@ -6,9 +6,10 @@ mod publish;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use freezeframe_api::v1alpha1::VMTargetStatus;
+use futures::future::join_all;
 use kube::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +22,10 @@ use publish::Publisher;
 
 /// How often the VMs' directories are looked at.
 const SCAN: Duration = Duration::from_secs(1);
+/// How often what was published is compared with what the API has.
+const COMPARISON: Duration = Duration::from_secs(60);
+/// How many VMs are probed at once.
+const PROBES: usize = 16;
 
 /// What publishing needs.
 pub struct Targets {
@@ -44,45 +49,60 @@ impl Targets {
 
     async fn scan_for_ever(&self) {
         let publisher = Publisher::new(self.client.clone(), self.node.clone());
-        let mut known: HashMap<VmKey, VMTargetStatus> = HashMap::new();
+        let mut known = HashMap::new();
+        let mut next_comparison = Instant::now();
         let mut beat = tokio::time::interval(SCAN);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut swept = false;
         loop {
             beat.tick().await;
-            let found = match host::find(&self.sessions.vm_root) {
-                Ok(found) => found,
-                Err(error) => {
-                    tracing::warn!(error = chain(&error), "the VMs of this node can't be listed");
-                    continue;
-                }
-            };
-            self.metrics.set_targets(found.len());
-            for vm in &found {
-                self.publish(vm, &publisher, &mut known).await;
+            // What an earlier life of this agent published need not be written again, and what somebody deleted must be.
+            if Instant::now() >= next_comparison {
+                let Some(published) = publisher.published().await else { continue };
+                known = published;
+                next_comparison = Instant::now() + COMPARISON;
             }
-            if !swept {
-                swept = publisher.withdraw_unknown(&found).await;
+            self.scan(&publisher, &mut known).await;
+        }
+    }
+
+    async fn scan(&self, publisher: &Publisher, known: &mut HashMap<VmKey, VMTargetStatus>) {
+        let root = &self.sessions.vm_root;
+        let mut found = match host::find(root) {
+            Ok(found) => found,
+            Err(error) => return tracing::warn!(error = chain(&error), "the VMs of this node can't be listed"),
+        };
+        // A QEMU that ends in good order removes its sockets: the VM is still there, and stopped.
+        let stopped: Vec<_> =
+            known.keys().filter(|vm| !found.contains(vm) && host::is_there(root, vm)).cloned().collect();
+        found.extend(stopped);
+        self.metrics.set_targets(found.len());
+        // Together: one QEMU that doesn't answer must not keep the others' targets waiting for long.
+        for some in found.chunks(PROBES) {
+            let mut probes = vec![];
+            for vm in some {
+                probes.push(self.publish(vm, publisher, known.get(vm)));
             }
-            let gone: Vec<_> = known.keys().filter(|vm| !found.contains(vm)).cloned().collect();
-            for vm in gone {
-                if publisher.withdraw(&vm).await {
-                    known.remove(&vm);
-                }
+            let published = join_all(probes).await;
+            known.extend(published.into_iter().flatten());
+        }
+        let gone: Vec<_> = known.keys().filter(|vm| !found.contains(vm)).cloned().collect();
+        for vm in gone {
+            if publisher.withdraw(&vm).await {
+                known.remove(&vm);
             }
         }
     }
 
     /// Probes one VM and publishes what changed. A VM in a session is left alone: its sockets serve one client.
-    async fn publish(&self, vm: &VmKey, publisher: &Publisher, known: &mut HashMap<VmKey, VMTargetStatus>) {
-        let Some(_turn) = self.locks.try_turn(vm) else { return };
-        let before = known.get(vm);
+    async fn publish(
+        &self,
+        vm: &VmKey,
+        publisher: &Publisher,
+        before: Option<&VMTargetStatus>,
+    ) -> Option<(VmKey, VMTargetStatus)> {
+        let _turn = self.locks.try_turn(vm)?;
         let status = probe::probe(&self.sessions, vm, &self.node, before).await;
-        if before == Some(&status) {
-            return;
-        }
-        if publisher.publish(vm, &status).await {
-            known.insert(vm.clone(), status);
-        }
+        let news = before != Some(&status) && publisher.publish(vm, &status).await;
+        news.then(|| (vm.clone(), status))
     }
 }

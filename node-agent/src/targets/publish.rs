@@ -1,5 +1,7 @@
 //! Writing `VMTarget`s: one object a VM, ours by field manager and by the node in its status.
 
+use std::collections::HashMap;
+
 use freezeframe_api::AGENT_MANAGER;
 use freezeframe_api::names::NodeName;
 use freezeframe_api::v1alpha1::{VMTarget, VMTargetStatus};
@@ -66,25 +68,22 @@ impl Publisher {
         call(&what, targets.delete(&vm.name, &parameters)).await.map(drop)
     }
 
-    /// Deletes this node's targets of VMs that are not here any more; false if it must be tried again.
-    pub async fn withdraw_unknown(&self, known: &[VmKey]) -> bool {
+    /// This node's targets as the API has them; none if it can't be asked.
+    pub async fn published(&self) -> Option<HashMap<VmKey, VMTargetStatus>> {
         let targets: Api<VMTarget> = Api::all(self.client.clone());
         let listed = match call("the list of VMTargets", targets.list(&ListParams::default())).await {
             Ok(listed) => listed,
             Err(error) => {
                 tracing::warn!(error = chain(&error), "the VMTargets can't be listed");
-                return false;
+                return None;
             }
         };
-        let ours = listed.items.into_iter().filter(|t| t.status.as_ref().is_some_and(|s| s.node_name == self.node));
-        let mut done = true;
-        for target in ours {
+        let ours = listed.items.into_iter().filter_map(|target| {
             let vm = VmKey { namespace: target.namespace().unwrap_or_default(), name: target.name_any() };
-            if !known.contains(&vm) {
-                done &= self.withdraw(&vm).await;
-            }
-        }
-        done
+            let status = target.status.filter(|status| status.node_name == self.node)?;
+            Some((vm, status))
+        });
+        Some(ours.collect())
     }
 }
 

@@ -171,7 +171,11 @@ impl Lab {
         loop {
             match self.sessions.advance(order, &Wanted).await.unwrap() {
                 Turn::Over(status) => return *status,
-                Turn::Report(status) => assert!(Instant::now() < end, "never over: {status:?}"),
+                Turn::Report(status) if Instant::now() > end => {
+                    let why = self.sessions.delete(order).await.unwrap().status.conditions;
+                    panic!("never over: {status:?}; {why:?}");
+                }
+                Turn::Report(_) => {}
             }
             sleep(Duration::from_millis(20)).await;
         }

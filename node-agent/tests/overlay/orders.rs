@@ -1,5 +1,7 @@
 //! Deleting snapshots in every order, with the VM running, stopped, and restarted.
 
+use freezeframe_api::v1alpha1::{DeletionPolicy, DiskSnapshotState};
+
 use crate::shapes::{Shape, lab};
 
 fn orders(left: &[usize]) -> Vec<Vec<usize>> {
@@ -73,5 +75,30 @@ async fn a_vm_restarted_between_snapshots_and_deletions_loses_nothing_in_any_ord
             lab.check().await;
             lab.write().await;
         }
+    }
+}
+
+/// Nobody would learn of a retained image's move, so what is below it stays too; what is above it is merged.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_retained_snapshot_needs_is_kept() {
+    for running in [true, false] {
+        let mut lab = lab(Shape::Blockdev, 1).await;
+        let (below, retained, above) = (lab.take().await, lab.take().await, lab.take().await);
+        let mut order = lab.snapshots[&retained].order.clone();
+        order.deletion_policy = DeletionPolicy::Retain;
+        lab.delete_order(&order).await;
+        lab.check().await;
+        if !running {
+            lab.machine.kill();
+        }
+        lab.delete(above).await;
+        lab.check().await;
+        let kept = lab.handles(below);
+        let status = lab.delete_order(&lab.snapshots[&below].order.clone()).await;
+        assert!(status.disks.iter().all(|disk| disk.state == DiskSnapshotState::Retained), "{:?}", status.disks);
+        assert_eq!(lab.handles(below), kept, "what is kept doesn't move");
+        lab.check().await;
+        lab.restart().await;
+        lab.check().await;
     }
 }

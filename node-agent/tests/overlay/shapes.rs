@@ -163,4 +163,14 @@ async fn a_legacy_drive_is_snapshotted_and_its_snapshots_are_deleted() {
     }
     lab.restart().await;
     lab.check().await;
+    let a = lab.take().await;
+    lab.restart().await;
+    let (b, c) = (lab.take().await, lab.take().await);
+    for number in [a, c, b] {
+        lab.delete(number).await;
+        lab.check().await;
+        lab.write().await;
+    }
+    lab.restart().await;
+    lab.check().await;
 }

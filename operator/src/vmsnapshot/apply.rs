@@ -8,21 +8,22 @@ use kube::{Api, Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
 use tracing::info;
 
-use super::plan::Action;
+use super::plan::{Action, Seen};
 use crate::context::Context;
 use crate::error::{Error, bounded, unless_gone};
-use crate::events;
+use crate::{events, retention};
 
 /// Does what was planned, in order. Each write may be repeated: a reconcile that broke off begins from the top.
 pub async fn apply(snapshot: &VMSnapshot, actions: Vec<Action>, ctx: &Context) -> Result<(), Error> {
-    let writer = Writer { snapshot, ctx };
+    let mut writer = Writer { version: snapshot.resource_version(), snapshot, ctx };
     for action in actions {
         match action {
             Action::AddFinalizer => writer.add_finalizer().await?,
             Action::CreateContent(content) => writer.create_content(&content).await?,
             Action::WriteStatus(status) => writer.write_status(&status).await?,
-            Action::SetDeletionPolicy { content, policy } => writer.set_deletion_policy(&content, policy).await?,
-            Action::DeleteContent { name, uid } => writer.delete_content(&name, uid).await?,
+            Action::SetDeletionPolicy { content, policy } => writer.set_deletion_policy(content, policy).await?,
+            Action::DeleteContent(content) => writer.delete_content(content).await?,
+            Action::LeaveContent(content) => writer.leave_content(&content).await?,
             Action::RemoveFinalizer => writer.remove_finalizer().await?,
         }
     }
@@ -32,16 +33,18 @@ pub async fn apply(snapshot: &VMSnapshot, actions: Vec<Action>, ctx: &Context) -
 struct Writer<'a> {
     snapshot: &'a VMSnapshot,
     ctx: &'a Context,
+    /// The version of the snapshot that the plan is about, or that our own last write made of it.
+    version: Option<String>,
 }
 
 impl Writer<'_> {
-    async fn add_finalizer(&self) -> Result<(), Error> {
+    async fn add_finalizer(&mut self) -> Result<(), Error> {
         let mut finalizers = self.snapshot.finalizers().to_vec();
         finalizers.push(SNAPSHOT_FINALIZER.to_owned());
         self.replace_finalizers("adding the snapshot's finalizer", finalizers).await.map(drop)
     }
 
-    async fn remove_finalizer(&self) -> Result<(), Error> {
+    async fn remove_finalizer(&mut self) -> Result<(), Error> {
         let mut finalizers = self.snapshot.finalizers().to_vec();
         finalizers.retain(|finalizer| finalizer != SNAPSHOT_FINALIZER);
         let result = self.replace_finalizers("removing the snapshot's finalizer", finalizers).await;
@@ -52,15 +55,18 @@ impl Writer<'_> {
     }
 
     /// The list is replaced as a whole, so the object must be the very version that it was read from.
-    async fn replace_finalizers(&self, doing: &'static str, finalizers: Vec<String>) -> Result<VMSnapshot, Error> {
+    async fn replace_finalizers(&mut self, doing: &'static str, finalizers: Vec<String>) -> Result<VMSnapshot, Error> {
         let metadata = json!({
             "uid": self.snapshot.metadata.uid,
-            "resourceVersion": self.snapshot.metadata.resource_version,
+            "resourceVersion": self.version,
             "finalizers": finalizers,
         });
         let patch = Patch::Merge(json!({"metadata": metadata}));
         let written = bounded(doing, self.snapshots().patch(&self.snapshot.name_any(), &by_operator(), &patch)).await?;
-        self.ctx.written.remember(&written);
+        if !written.finalizers().is_empty() || written.metadata.deletion_timestamp.is_none() {
+            // Else it is gone, and nobody would ask for it again.
+            self.remember(&written);
+        }
         Ok(written)
     }
 
@@ -72,47 +78,65 @@ impl Writer<'_> {
         Ok(())
     }
 
-    async fn write_status(&self, status: &VMSnapshotStatus) -> Result<(), Error> {
+    async fn write_status(&mut self, status: &VMSnapshotStatus) -> Result<(), Error> {
         let name = self.snapshot.name_any();
         let patch = Patch::Apply(self.status_patch(status));
         let (api, params) = (self.snapshots(), by_operator().force());
         // Forced: nobody else has a say in the status of a snapshot.
         let result = bounded("writing the snapshot's status", api.patch_status(&name, &params, &patch)).await;
         let Some(written) = unless_gone(result)? else { return Ok(()) };
-        self.ctx.written.remember(&written);
+        self.remember(&written);
         self.announce(status).await;
         Ok(())
     }
 
-    /// The UID keeps the status of a snapshot off another one of the same name.
+    /// The version keeps the status of a snapshot off a later one of the same name: of a UID, the server takes no notice
+    /// in a write of the status.
     fn status_patch(&self, status: &VMSnapshotStatus) -> Value {
         json!({
             "apiVersion": VMSnapshot::api_version(&()),
             "kind": VMSnapshot::kind(&()),
-            "metadata": {"name": self.snapshot.name_any(), "uid": self.snapshot.metadata.uid},
+            "metadata": {"name": self.snapshot.name_any(), "resourceVersion": self.version},
             "status": status,
         })
+    }
+
+    fn remember(&mut self, written: &VMSnapshot) {
+        self.version = written.resource_version();
+        self.ctx.written.remember(written);
     }
 
     async fn announce(&self, status: &VMSnapshotStatus) {
         info!(phase = ?status.phase, says = status.message, "wrote the status");
         self.ctx.metrics.count_outcome(self.snapshot, status, Timestamp::now());
         if let Some(event) = events::of_change(self.snapshot, status) {
-            events::publish(self.ctx, &event, &self.snapshot.object_ref(&())).await;
+            events::publish(self.ctx, event, &self.snapshot.object_ref(&())).await;
         }
     }
 
-    async fn set_deletion_policy(&self, content: &str, policy: DeletionPolicy) -> Result<(), Error> {
-        let patch = Patch::Merge(json!({"spec": {"deletionPolicy": policy}}));
+    async fn set_deletion_policy(&self, content: Seen, policy: DeletionPolicy) -> Result<(), Error> {
+        let patch = Patch::Merge(json!({
+            "metadata": {"uid": content.uid, "resourceVersion": content.version},
+            "spec": {"deletionPolicy": policy},
+        }));
         let (api, params) = (self.contents(), by_operator());
-        bounded("carrying the deletion policy to the content", api.patch(content, &params, &patch)).await.map(drop)
+        bounded("carrying the deletion policy to the content", api.patch(&content.name, &params, &patch))
+            .await
+            .map(drop)
     }
 
-    async fn delete_content(&self, name: &str, uid: String) -> Result<(), Error> {
-        let params = DeleteParams::default().preconditions(Preconditions { uid: Some(uid), resource_version: None });
-        let result = bounded("deleting the content", self.contents().delete(name, &params)).await;
-        unless_gone(result)?;
-        info!(content = name, "asked the node to undo its work");
+    async fn delete_content(&self, content: Seen) -> Result<(), Error> {
+        let preconditions = Preconditions { uid: content.uid, resource_version: None };
+        let params = DeleteParams::default().preconditions(preconditions);
+        unless_gone(bounded("deleting the content", self.contents().delete(&content.name, &params)).await)?;
+        info!(content = content.name, "asked the node to undo its work");
+        Ok(())
+    }
+
+    /// Before the snapshot is let go: from then on it is the content's own word that it isn't an orphan to be deleted.
+    async fn leave_content(&self, content: &VMSnapshotContent) -> Result<(), Error> {
+        retention::mark(self.ctx, content).await?;
+        events::publish(self.ctx, retention::event(content), &self.snapshot.object_ref(&())).await;
         Ok(())
     }
 

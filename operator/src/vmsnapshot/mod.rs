@@ -9,10 +9,8 @@
 
 mod apply;
 mod cleanup;
-#[cfg(test)]
-#[path = "../../tests/support/fixtures.rs"]
-mod fixtures;
 mod observe;
+mod obstacle;
 mod order;
 mod plan;
 mod queue;
@@ -27,7 +25,7 @@ use freezeframe_api::v1alpha1::VMSnapshot;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 
-pub use queue::{is_settled, same_vm};
+pub use queue::{is_settled, keeps_nobody_waiting, same_vm};
 
 use crate::caches::Guarded;
 use crate::context::Context;
@@ -39,8 +37,12 @@ pub const CONTROLLER: &str = "vmsnapshot";
 /// How soon to look again when the cache is behind our own writes; its next event comes earlier as a rule.
 const CACHE_LAG: Duration = Duration::from_secs(1);
 
-/// How soon to look again when nothing is due: events that a broken watch swallowed are made up for then.
+/// How soon to look again when nothing is due. A watch that broke tells of no deletion that it missed; this makes up
+/// for it, well before the usual deadline where something is waited for. A look that finds no news costs no write.
 const RESYNC: Duration = Duration::from_secs(10 * 60);
+
+/// The same for a snapshot that waits for something.
+const RESYNC_WAITING: Duration = Duration::from_secs(30);
 
 /// Brings one snapshot a step further.
 pub async fn reconcile(snapshot: Arc<Guarded<VMSnapshot>>, ctx: Arc<Context>) -> Result<Action, Error> {
@@ -49,13 +51,15 @@ pub async fn reconcile(snapshot: Arc<Guarded<VMSnapshot>>, ctx: Arc<Context>) ->
         return Ok(Action::requeue(CACHE_LAG));
     }
     ctx.caches.filled().await;
+    let now = Timestamp::now();
     let plan = if snapshot.metadata.deletion_timestamp.is_some() {
-        let content = observe::content(&snapshot, &ctx).await?;
-        cleanup::plan(&snapshot, &content, Timestamp::now())
+        let content = observe::content(&snapshot, &ctx, now).await?;
+        cleanup::plan(&snapshot, &content, now)
     } else {
-        let observed = observe::observe(snapshot.clone(), &ctx).await?;
-        plan::plan(&observed, Timestamp::now())
+        let observed = observe::observe(snapshot.clone(), &ctx, now).await?;
+        plan::plan(&observed, now)
     };
     apply::apply(&snapshot, plan.actions, &ctx).await?;
-    Ok(Action::requeue(plan.again.map_or(RESYNC, |again| again.min(RESYNC))))
+    let resync = if is_settled(&snapshot) { RESYNC } else { RESYNC_WAITING };
+    Ok(Action::requeue(plan.again.map_or(resync, |again| again.min(resync))))
 }

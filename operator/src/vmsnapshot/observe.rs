@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use freezeframe_api::v1alpha1::{Phase, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
 use freezeframe_api::{DEFAULT_CLASS_ANNOTATION, SNAPSHOT_FINALIZER};
+use k8s_openapi::jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
-use super::{order, queue};
+use super::{order, plan, queue};
 use crate::caches::Caches;
 use crate::context::Context;
-use crate::error::{Error, bounded};
+use crate::error::{Error, bounded, unless_gone};
 
 /// What a decision rests on.
 #[derive(Clone, Debug)]
@@ -50,10 +51,10 @@ pub enum ClassState {
 }
 
 /// Reads everything, from the caches where that is safe.
-pub async fn observe(snapshot: Arc<VMSnapshot>, ctx: &Context) -> Result<Observed, Error> {
+pub async fn observe(snapshot: Arc<VMSnapshot>, ctx: &Context, now: Timestamp) -> Result<Observed, Error> {
     let caches = &ctx.caches;
     Ok(Observed {
-        content: content(&snapshot, ctx).await?,
+        content: content(&snapshot, ctx, now).await?,
         target: target(&snapshot, caches),
         class: class(snapshot.spec.class_name.as_deref(), caches),
         ahead: ahead(&snapshot, caches),
@@ -63,18 +64,20 @@ pub async fn observe(snapshot: Arc<VMSnapshot>, ctx: &Context) -> Result<Observe
 
 /// The snapshot's content. What the cache doesn't show may have been created a moment ago, or before a restart, so its
 /// absence is asked of the server. No content is older than the snapshot's finalizer; and one that failed gets none.
-pub async fn content(snapshot: &VMSnapshot, ctx: &Context) -> Result<ContentState, Error> {
+/// Nor is a node given up on for what the cache alone doesn't show: a watch may be silent for minutes.
+pub async fn content(snapshot: &VMSnapshot, ctx: &Context, now: Timestamp) -> Result<ContentState, Error> {
     let uid = snapshot.uid().unwrap_or_default();
     let name = order::content_name(&uid);
     if let Some(cached) = ctx.caches.contents.get(&ObjectRef::new(&name)) {
         let content = cached.0.as_ref().map_err(|error| Error::unreadable("VMSnapshotContent", error))?;
-        return Ok(own_or_foreign(content.clone(), &uid));
-    }
-    if !may_have_content(snapshot) {
+        if !plan::is_overdue(snapshot, content, now) {
+            return Ok(own_or_foreign(content.clone(), &uid));
+        }
+    } else if !may_have_content(snapshot) {
         return Ok(ContentState::Absent);
     }
     let api = Api::<VMSnapshotContent>::all(ctx.client.clone());
-    let found = bounded("looking for the content", api.get_opt(&name)).await?;
+    let found = unless_gone(bounded("looking for the content", api.get(&name)).await)?;
     Ok(found.map_or(ContentState::Absent, |content| own_or_foreign(content, &uid)))
 }
 

@@ -5,13 +5,13 @@ use std::time::Duration;
 use freezeframe_api::SNAPSHOT_FINALIZER;
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{
-    ContentPhase, DeletionPolicy, DiskSnapshotState, Phase, RunState, VMSnapshot, VMSnapshotClass, VMSnapshotContent,
-    VMSnapshotStatus, VMTargetStatus,
+    ContentPhase, DeletionPolicy, DiskSnapshotState, Phase, VMSnapshot, VMSnapshotContent, VMSnapshotStatus,
 };
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::observe::{ClassState, ContentState, Observed};
+use super::observe::{ContentState, Observed};
+use super::obstacle::{Obstacle, ready_to_start};
 use super::order;
 use super::status::{Verdict, status};
 
@@ -36,22 +36,37 @@ pub enum Action {
     CreateContent(Box<VMSnapshotContent>),
     /// Tell the user.
     WriteStatus(Box<VMSnapshotStatus>),
-    /// Carry a deletion policy to the content.
+    /// Carry a deletion policy to the content, unless it is another one than the decision rests on.
     SetDeletionPolicy {
         /// The content.
-        content: String,
+        content: Seen,
         /// The policy.
         policy: DeletionPolicy,
     },
     /// Have the node undo everything.
-    DeleteContent {
-        /// The content's name.
-        name: String,
-        /// Its UID: no other object of that name is meant.
-        uid: String,
-    },
+    DeleteContent(Seen),
+    /// Let the content outlive its snapshot: it lists what is kept.
+    LeaveContent(Box<VMSnapshotContent>),
     /// Let go of the snapshot.
     RemoveFinalizer,
+}
+
+/// The content that a decision rests on. No other object of its name is meant, and no later version where that matters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: Option<String>,
+    /// Its resource version.
+    pub version: Option<String>,
+}
+
+impl Seen {
+    /// The content as it is seen here.
+    pub fn new(content: &VMSnapshotContent) -> Self {
+        Self { name: content.name_any(), uid: content.uid(), version: content.resource_version() }
+    }
 }
 
 /// Decides.
@@ -69,7 +84,8 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     }
 }
 
-/// What failed stays failed, and has nothing left to keep unless the node has taken everything back by itself.
+/// What failed stays failed. A node that was given up on is told to undo what it may have done; after any other failure
+/// it did so by itself, and what it reports as whole is nobody's to delete on the word of a status.
 fn stay_failed(snapshot: &VMSnapshot, content: &ContentState, now: Timestamp) -> Plan {
     let told = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::READY));
     let reason = told.map_or(reasons::CUT_FAILED, |condition| &condition.reason);
@@ -77,22 +93,19 @@ fn stay_failed(snapshot: &VMSnapshot, content: &ContentState, now: Timestamp) ->
     let mut plan = fail(snapshot, reason, message, now);
     match content {
         ContentState::Own(content) if content.metadata.deletion_timestamp.is_some() => {}
-        ContentState::Own(content) if phase(content) == Some(ContentPhase::Failed) => {
-            plan.actions.extend(carry_policy(snapshot, content));
+        ContentState::Own(content) if was_given_up(snapshot) && phase(content) != Some(ContentPhase::Failed) => {
+            plan.actions.extend(undo_actions(content));
         }
-        ContentState::Own(content) => plan.actions.extend(undo_actions(content)),
+        ContentState::Own(content) => plan.actions.extend(carry_policy(snapshot, content)),
         ContentState::Absent | ContentState::Foreign => {}
     }
     plan
 }
 
+/// `Retain` is about the data of a snapshot; what a failed or cancelled one left is none.
 fn undo_actions(content: &VMSnapshotContent) -> Vec<Action> {
-    let mut actions = vec![];
-    if content.spec.deletion_policy != DeletionPolicy::Delete {
-        // `Retain` is about the data of a snapshot; what a failed one left is none.
-        actions.push(Action::SetDeletionPolicy { content: content.name_any(), policy: DeletionPolicy::Delete });
-    }
-    actions.push(Action::DeleteContent { name: content.name_any(), uid: content.uid().unwrap_or_default() });
+    let mut actions: Vec<Action> = set_policy(content, DeletionPolicy::Delete).into_iter().collect();
+    actions.push(Action::DeleteContent(Seen::new(content)));
     actions
 }
 
@@ -103,13 +116,8 @@ fn follow(snapshot: &VMSnapshot, content: &VMSnapshotContent, now: Timestamp) ->
         return fail(snapshot, reasons::CONTENT_LOST, message, now);
     }
     let (verdict, again) = match phase(content) {
-        None => {
-            let patience = until(order::deadline(snapshot), now) + REPORT_GRACE;
-            if overdue(snapshot, now) {
-                return give_up(snapshot, content, now);
-            }
-            (Verdict::Preparing(content), Some(patience))
-        }
+        None if is_overdue(snapshot, content, now) => return give_up(snapshot, content, now),
+        None => (Verdict::Preparing(content), Some(until(order::deadline(snapshot), now) + REPORT_GRACE)),
         Some(ContentPhase::Ready) if is_whole(content) => (Verdict::Ready(content), None),
         Some(ContentPhase::Completing | ContentPhase::Ready) => (Verdict::Completing(content), None),
         Some(ContentPhase::Failed | ContentPhase::Removed) => (reported_failure(content), None),
@@ -125,8 +133,10 @@ fn is_whole(content: &VMSnapshotContent) -> bool {
     !disks.is_empty() && disks.iter().all(|disk| disk.state == DiskSnapshotState::Ready)
 }
 
-fn overdue(snapshot: &VMSnapshot, now: Timestamp) -> bool {
-    now.duration_since(order::deadline(snapshot)).as_secs_f64() >= REPORT_GRACE.as_secs_f64()
+/// Whether the node has reported nothing, and has had its time for it.
+pub fn is_overdue(snapshot: &VMSnapshot, content: &VMSnapshotContent, now: Timestamp) -> bool {
+    let late = now.duration_since(order::deadline(snapshot)).as_secs_f64();
+    phase(content).is_none() && late >= REPORT_GRACE.as_secs_f64()
 }
 
 fn give_up(snapshot: &VMSnapshot, content: &VMSnapshotContent, now: Timestamp) -> Plan {
@@ -150,8 +160,19 @@ fn reported_failure(content: &VMSnapshotContent) -> Verdict<'_> {
 /// The user may change a snapshot's policy at any time. Without one the content keeps what its class said at first.
 pub fn carry_policy(snapshot: &VMSnapshot, content: &VMSnapshotContent) -> Option<Action> {
     let policy = snapshot.spec.deletion_policy?;
-    let changed = policy != content.spec.deletion_policy && content.metadata.deletion_timestamp.is_none();
-    changed.then(|| Action::SetDeletionPolicy { content: content.name_any(), policy })
+    set_policy(content, policy).filter(|_| content.metadata.deletion_timestamp.is_none())
+}
+
+/// The change of the content's policy, unless it is that already.
+pub fn set_policy(content: &VMSnapshotContent, policy: DeletionPolicy) -> Option<Action> {
+    let changed = policy != content.spec.deletion_policy;
+    changed.then(|| Action::SetDeletionPolicy { content: Seen::new(content), policy })
+}
+
+/// Whether the snapshot failed because its node reported nothing in time: what the node reports later is undone.
+pub fn was_given_up(snapshot: &VMSnapshot) -> bool {
+    let stalled = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::STALLED));
+    stalled.is_some_and(|condition| condition.status == "True" && condition.reason == reasons::DEADLINE_EXCEEDED)
 }
 
 /// There is no work order: either one can be given, or something is missing.
@@ -187,62 +208,6 @@ fn give_order(snapshot: &VMSnapshot, content: &VMSnapshotContent, now: Timestamp
     Plan { actions, again: Some(until(order::deadline(snapshot), now) + REPORT_GRACE) }
 }
 
-/// Why a snapshot can't start yet.
-struct Obstacle {
-    reason: &'static str,
-    message: String,
-    accepted: bool,
-}
-
-impl Obstacle {
-    fn missing(reason: &'static str, message: String) -> Self {
-        Self { reason, message, accepted: false }
-    }
-}
-
-fn ready_to_start(observed: &Observed) -> Result<(&VMSnapshotClass, &VMTargetStatus), Obstacle> {
-    let class = class_of(&observed.class)?;
-    let target = running_target(observed)?;
-    match &observed.ahead {
-        None => Ok((class, target)),
-        Some(other) => Err(Obstacle {
-            reason: reasons::QUEUED,
-            message: format!("Snapshot {other} of the same VM goes first."),
-            accepted: true,
-        }),
-    }
-}
-
-fn class_of(class: &ClassState) -> Result<&VMSnapshotClass, Obstacle> {
-    let (reason, message) = match class {
-        ClassState::Found(class) => return Ok(class),
-        ClassState::NotFound(name) => (reasons::CLASS_NOT_FOUND, format!("There is no VMSnapshotClass {name}.")),
-        ClassState::NoDefault(0) => {
-            (reasons::NO_DEFAULT_CLASS, "No class was named and no VMSnapshotClass is the default one.".into())
-        }
-        ClassState::NoDefault(count) => (
-            reasons::NO_DEFAULT_CLASS,
-            format!("No class was named and {count} VMSnapshotClasses claim to be the default one."),
-        ),
-    };
-    Err(Obstacle::missing(reason, message))
-}
-
-fn running_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
-    let vm = &observed.snapshot.spec.vm_name;
-    let Some(target) = &observed.target else {
-        return Err(Obstacle::missing(reasons::VM_NOT_FOUND, format!("There is no VMTarget {vm} in this namespace.")));
-    };
-    let message = match target.status.as_ref() {
-        None => format!("No node has reported on VM {vm} yet."),
-        // Whether a paused VM can be taken depends on the level that is asked for: its node judges that.
-        Some(status) if matches!(status.run_state, RunState::Running | RunState::Paused) => return Ok(status),
-        Some(status) if status.run_state == RunState::Stopped => format!("VM {vm} doesn't run."),
-        Some(_) => format!("QEMU of VM {vm} doesn't answer."),
-    };
-    Err(Obstacle::missing(reasons::VM_NOT_RUNNING, message))
-}
-
 fn fail(snapshot: &VMSnapshot, reason: &str, message: String, now: Timestamp) -> Plan {
     let verdict = Verdict::Failed { reason: reason.to_owned(), message, content: None };
     Plan { actions: write_status(snapshot, verdict, now).into_iter().collect(), again: None }
@@ -254,7 +219,8 @@ pub fn write_status(snapshot: &VMSnapshot, verdict: Verdict<'_>, now: Timestamp)
     (snapshot.status.as_ref() != Some(&new)).then(|| Action::WriteStatus(Box::new(new)))
 }
 
-fn phase(content: &VMSnapshotContent) -> Option<ContentPhase> {
+/// How far the node is.
+pub fn phase(content: &VMSnapshotContent) -> Option<ContentPhase> {
     content.status.as_ref().and_then(|status| status.phase)
 }
 

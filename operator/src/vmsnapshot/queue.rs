@@ -38,6 +38,12 @@ pub fn is_settled(snapshot: &VMSnapshot) -> bool {
     snapshot.status.as_ref().is_some_and(|status| matches!(status.phase, Phase::Ready | Phase::Failed))
 }
 
+/// Whether the snapshot lets all others of its VM pass, as far as it shows itself; it may do so no more tomorrow.
+#[must_use]
+pub fn keeps_nobody_waiting(snapshot: &VMSnapshot) -> bool {
+    is_settled(snapshot) || snapshot.metadata.deletion_timestamp.is_some() || lacks_class(snapshot)
+}
+
 /// A node works for it. That of a deleted snapshot is still to be cancelled; what a settled one leaves behind is
 /// merged by the node whenever the VM has time, and keeps nobody waiting.
 fn in_session(entry: &Entry<'_>) -> bool {
@@ -47,16 +53,17 @@ fn in_session(entry: &Entry<'_>) -> bool {
     !is_settled(entry.snapshot) && entry.content.is_some_and(unfinished)
 }
 
-/// It would start if it could. One without a class can't, and would block its followers until its deadline.
+/// It would start if it could.
 fn waits_in_line(entry: &Entry<'_>) -> bool {
-    let lacks_class = |snapshot: &VMSnapshot| {
-        let accepted = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::ACCEPTED));
-        accepted.is_some_and(|condition| {
-            [reasons::CLASS_NOT_FOUND, reasons::NO_DEFAULT_CLASS].contains(&condition.reason.as_str())
-        })
-    };
-    let deleted = entry.snapshot.metadata.deletion_timestamp.is_some();
-    !deleted && entry.content.is_none() && !is_settled(entry.snapshot) && !lacks_class(entry.snapshot)
+    entry.content.is_none() && !keeps_nobody_waiting(entry.snapshot)
+}
+
+/// One without a class can't start, and would block its followers until its deadline.
+fn lacks_class(snapshot: &VMSnapshot) -> bool {
+    let accepted = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::ACCEPTED));
+    accepted.is_some_and(|condition| {
+        [reasons::CLASS_NOT_FOUND, reasons::NO_DEFAULT_CLASS].contains(&condition.reason.as_str())
+    })
 }
 
 fn order(snapshot: &VMSnapshot) -> (Option<k8s_openapi::jiff::Timestamp>, &str) {

@@ -9,12 +9,10 @@ use freezeframe_api::v1alpha1::{
 };
 
 use super::cleanup;
-use super::fixtures::{
-    SnapshotExt as _, at, class, content, content_name, deleted, reported, snapshot, snapshot_created, target,
-};
 use super::observe::{ClassState, ContentState, Observed};
-use super::plan::{Action, Plan, plan};
+use super::plan::{Action, Plan, Seen, plan};
 use super::queue::{Entry, ahead};
+use crate::fixtures::{SnapshotExt as _, at, class, content, deleted, reported, snapshot, snapshot_created, target};
 
 /// The VM runs, there is a class, nobody is in line, nothing was done yet.
 fn observed(snapshot: VMSnapshot) -> Observed {
@@ -63,7 +61,7 @@ fn the_finalizer_comes_before_the_work_order_and_the_status_after_it() {
     let mut expected = content(&snapshot("a"));
     (expected.metadata.uid, expected.metadata.resource_version) = (None, None);
     assert_eq!(**made, expected);
-    assert_eq!((status.phase, status.content_name.clone()), (Phase::Preparing, Some(content_name(&snapshot("a")))));
+    assert_eq!((status.phase, status.content_name.clone()), (Phase::Preparing, Some("vmsnap-uid-a".to_owned())));
     assert_eq!(plan.again, Some(Duration::from_secs(59 + 10)), "the deadline and the time to report");
 }
 
@@ -196,10 +194,8 @@ fn a_node_has_ten_seconds_after_the_deadline_to_report() {
     let observed = with_content(snapshot("a").finalized(), content(&snapshot("a")));
     assert_eq!(status(&plan(&observed, at(69))).phase, Phase::Preparing);
     let plan = plan(&observed, at(70));
-    let [Action::WriteStatus(status), Action::DeleteContent { uid, .. }] = &plan.actions[..] else {
-        panic!("{plan:?}")
-    };
-    assert_eq!((status.phase, uid.as_str()), (Phase::Failed, "uid-content"));
+    let [Action::WriteStatus(status), Action::DeleteContent(seen)] = &plan.actions[..] else { panic!("{plan:?}") };
+    assert_eq!((status.phase, seen.uid.as_deref()), (Phase::Failed, Some("uid-content")));
 }
 
 #[test]
@@ -218,15 +214,23 @@ fn the_content_of_a_snapshot_that_failed_by_its_deadline_is_deleted_even_after_a
     let mut kept = content(&failed);
     kept.spec.deletion_policy = DeletionPolicy::Retain;
     let again = plan(&with_content(failed.clone(), kept), at(80));
-    let [Action::SetDeletionPolicy { policy: DeletionPolicy::Delete, .. }, Action::DeleteContent { .. }] =
+    let [Action::SetDeletionPolicy { policy: DeletionPolicy::Delete, .. }, Action::DeleteContent(_)] =
         again.actions[..]
     else {
         panic!("{again:?}")
     };
     let reported = reported(&failed, ContentPhase::Ready, reasons::COMPLETED);
     let late = plan(&with_content(failed.clone(), reported), at(80));
-    assert!(matches!(late.actions[..], [Action::DeleteContent { .. }]), "failed is for good: {late:?}");
+    assert!(matches!(late.actions[..], [Action::DeleteContent(_)]), "failed is for good: {late:?}");
     assert_eq!(plan(&observed(failed), at(90)), Plan::default());
+}
+
+#[test]
+fn no_data_is_deleted_on_the_word_of_a_status_that_gives_no_reason_for_it() {
+    let failed = snapshot("a").finalized().phase(Phase::Failed);
+    let report = reported(&failed, ContentPhase::Ready, reasons::COMPLETED);
+    let plan = plan(&with_content(failed, report), at(80));
+    assert!(matches!(plan.actions[..], [Action::WriteStatus(_)]), "{plan:?}");
 }
 
 #[test]
@@ -261,7 +265,7 @@ fn a_changed_deletion_policy_is_carried_to_the_content_and_an_unstated_one_is_no
     retain.spec.deletion_policy = Some(DeletionPolicy::Retain);
     let carried = plan(&with_content(retain, report.clone()), at(30));
     let policy = DeletionPolicy::Retain;
-    assert_eq!(carried.actions, [Action::SetDeletionPolicy { content: content_name(&ready), policy }]);
+    assert_eq!(carried.actions, [Action::SetDeletionPolicy { content: Seen::new(&report), policy }]);
     let mut kept = report;
     kept.spec.deletion_policy = policy;
     assert_eq!(plan(&with_content(ready, kept), at(30)).actions, []);
@@ -278,16 +282,60 @@ fn a_deleted_snapshot_without_a_content_is_let_go_at_once() {
 }
 
 #[test]
-fn a_deleted_snapshot_has_its_content_deleted_with_the_policy_that_it_states() {
+fn a_deleted_snapshots_content_is_deleted_after_the_user_was_told() {
+    let deleted = snapshot("a").finalized().deleted();
+    let report = reported(&deleted, ContentPhase::Ready, reasons::COMPLETED);
+    let plan = cleanup::plan(&deleted, &ContentState::Own(Box::new(report)), at(31));
+    let [Action::WriteStatus(status), Action::DeleteContent(_)] = &plan.actions[..] else { panic!("{plan:?}") };
+    assert_eq!((status.phase, status.ready_to_use), (Phase::Deleting, false));
+}
+
+#[test]
+fn the_content_of_a_deleted_snapshot_stays_when_there_is_data_to_retain() {
+    let unsaid = snapshot("a").finalized().deleted();
+    let mut said = unsaid.clone();
+    said.spec.deletion_policy = Some(DeletionPolicy::Retain);
+    for (phase, stays) in [
+        (None, false),
+        (Some(ContentPhase::Completing), true),
+        (Some(ContentPhase::Ready), true),
+        (Some(ContentPhase::Failed), false),
+    ] {
+        let mut by_user = phase.map_or_else(|| content(&said), |phase| reported(&said, phase, reasons::COMPLETED));
+        by_user.spec.deletion_policy = DeletionPolicy::Delete;
+        let mut by_class = by_user.clone();
+        by_class.spec.deletion_policy = DeletionPolicy::Retain;
+        for (snapshot, content) in [(&said, by_user), (&unsaid, by_class)] {
+            let plan = cleanup::plan(snapshot, &ContentState::Own(Box::new(content)), at(31));
+            let left = matches!(plan.actions[..], [Action::LeaveContent(_), Action::RemoveFinalizer]);
+            let undone = matches!(plan.actions[..], [.., Action::WriteStatus(_), Action::DeleteContent(_)]);
+            assert_eq!((left, undone), (stays, !stays), "{phase:?}: {plan:?}");
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_snapshot_retains_nothing_unless_its_cut_was_reported_meanwhile() {
     let mut deleted = snapshot("a").finalized().deleted();
     deleted.spec.deletion_policy = Some(DeletionPolicy::Retain);
-    let plan = cleanup::plan(&deleted, &ContentState::Own(Box::new(content(&deleted))), at(31));
-    let [Action::SetDeletionPolicy { .. }, Action::WriteStatus(status), Action::DeleteContent { .. }] =
-        &plan.actions[..]
-    else {
-        panic!("{plan:?}")
-    };
-    assert_eq!((status.phase, status.ready_to_use), (Phase::Deleting, false));
+    let mut unasked = content(&deleted);
+    unasked.spec.deletion_policy = DeletionPolicy::Retain;
+    let plan = cleanup::plan(&deleted, &ContentState::Own(Box::new(unasked.clone())), at(31));
+    let only_as_seen = Action::SetDeletionPolicy { content: Seen::new(&unasked), policy: DeletionPolicy::Delete };
+    assert_eq!((&plan.actions[0], unasked.metadata.resource_version.is_some()), (&only_as_seen, true));
+}
+
+#[test]
+fn nothing_is_retained_of_a_snapshot_whose_node_was_given_up_on_whatever_it_reports_later() {
+    let mut failed = snapshot("a").finalized();
+    failed.spec.deletion_policy = Some(DeletionPolicy::Retain);
+    let failed = after(failed.clone(), &plan(&with_content(failed.clone(), content(&failed)), at(70))).deleted();
+    let late = reported(&failed, ContentPhase::Ready, reasons::COMPLETED);
+    let plan = cleanup::plan(&failed, &ContentState::Own(Box::new(late.clone())), at(80));
+    assert!(matches!(plan.actions[..], [Action::WriteStatus(_), Action::DeleteContent(_)]), "{plan:?}");
+    let told = after(failed, &plan);
+    let again = cleanup::plan(&told, &ContentState::Own(Box::new(late)), at(81));
+    assert!(matches!(again.actions[..], [Action::DeleteContent(_)]), "{again:?}");
 }
 
 #[test]

@@ -1,9 +1,15 @@
 //! A server that expects certain calls, and caches without a watch.
-#![allow(dead_code, clippy::unwrap_used, reason = "each test crate uses a part; a test's support may stop it")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "each test crate uses a part; a test's support may stop it"
+)]
 
-pub mod fixtures;
+pub mod objects;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotContent};
 use freezeframe_operator::caches::{Caches, Sources};
@@ -13,13 +19,18 @@ use http::{Method, Request, Response};
 use kube::Client;
 use kube::client::Body;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 use tower_test::mock::{Handle, SendResponse};
 
 /// The server's side of a conversation.
 pub struct Server(Handle<Request<Body>, Response<Body>>);
 
+/// Longer than any wait of the operator's.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// One call that was received.
 pub struct Call {
+    pub method: Method,
     pub path: String,
     pub query: String,
     pub content_type: String,
@@ -35,13 +46,20 @@ pub fn server() -> (Client, Server) {
 impl Server {
     /// The next call, which must be of this method to a path that ends so.
     pub async fn expect(&mut self, method: Method, path_end: &str) -> Call {
-        let (request, reply) = self.0.next_request().await.unwrap();
+        let call = self.next().await;
+        let (made, path) = (&call.method, &call.path);
+        assert!(call.is(&method, path_end), "{made} {path}, not {method} {path_end}");
+        call
+    }
+
+    /// The next call, whatever it is. One must come.
+    pub async fn next(&mut self) -> Call {
+        let (request, reply) = timeout(PATIENCE, self.0.next_request()).await.expect("no call came").unwrap();
         let (parts, body) = request.into_parts();
-        let path = parts.uri.path().to_owned();
-        assert!(parts.method == method && path.ends_with(path_end), "{} {path}, not {method} {path_end}", parts.method);
         let bytes = body.collect_bytes().await.unwrap();
         Call {
-            path,
+            method: parts.method,
+            path: parts.uri.path().to_owned(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
             content_type: parts.headers.get("content-type").map(|v| v.to_str().unwrap().to_owned()).unwrap_or_default(),
             body: serde_json::from_slice(&bytes).unwrap_or_default(),
@@ -51,6 +69,10 @@ impl Server {
 }
 
 impl Call {
+    pub fn is(&self, method: &Method, path_end: &str) -> bool {
+        self.method == *method && self.path.ends_with(path_end)
+    }
+
     pub fn answer(self, object: &impl serde::Serialize) {
         self.respond(200, &serde_json::to_value(object).unwrap());
     }
@@ -73,7 +95,7 @@ pub fn operator(snapshots: Vec<VMSnapshot>, contents: Vec<VMSnapshotContent>) ->
     let (caches, mut sources) = Caches::new();
     sources.snapshots.fill(snapshots);
     sources.contents.fill(contents);
-    sources.targets.fill([fixtures::target("Running")]);
-    sources.classes.fill([fixtures::class("standard", true)]);
+    sources.targets.fill([objects::target()]);
+    sources.classes.fill([objects::class()]);
     (Arc::new(Context::new(client, caches, Metrics::default(), None)), server, sources)
 }

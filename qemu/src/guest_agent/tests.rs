@@ -202,6 +202,31 @@ async fn a_second_answer_to_one_command_is_not_taken_for_the_next_ones() {
 }
 
 #[tokio::test]
+async fn a_second_answer_that_was_not_read_yet_is_not_taken_for_the_next_ones() {
+    let (mut agent, mut peer) = pair();
+    let (synced, ()) = tokio::join!(agent.sync(SOON), peer.answer_sync());
+    synced.unwrap();
+    peer.say(b"{\"return\":9}\n").await;
+    let (thawed, ()) = tokio::join!(agent.thaw(SOON), async {
+        peer.answer_sync().await;
+        peer.answer("guest-fsfreeze-thaw", 3).await;
+    });
+    assert_eq!(thawed.unwrap(), 3);
+}
+
+#[tokio::test]
+async fn a_delimiter_that_cuts_off_half_an_answer_still_counts() {
+    let (mut agent, mut peer) = pair();
+    let (synced, ()) = tokio::join!(agent.sync(SOON), async {
+        let (_, request) = peer.hear().await;
+        peer.say(format!("{{\"return\": {}}}\n", request["arguments"]["id"]).as_bytes()).await;
+        peer.say(b"\xff{\"return\":\xff").await;
+        peer.say(format!("{{\"return\": {}}}\n", request["arguments"]["id"]).as_bytes()).await;
+    });
+    synced.unwrap();
+}
+
+#[tokio::test]
 async fn an_answer_may_arrive_one_byte_at_a_time() {
     let (mut agent, mut peer) = pair();
     let script = async {

@@ -15,13 +15,24 @@ use crate::progress::say;
 
 /// Does what is missing, and only that.
 pub fn run() -> Result<()> {
+    prepare(true)
+}
+
+/// The same without a control plane of our own, for one who brings a cluster.
+pub fn run_for_a_guest() -> Result<()> {
+    prepare(false)
+}
+
+fn prepare(control_plane: bool) -> Result<()> {
     let cache = Cache::locate()?;
     say(format_args!("setup: into {}", cache.root().display()));
     let debian = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
     ensure!(debian.contains("VERSION_CODENAME=bookworm"), "setup knows Debian 12 (bookworm) alone");
     let mut apt = packages::Apt::default();
     apt.install_missing()?;
-    control_plane::build(&cache)?;
+    if control_plane {
+        control_plane::build(&cache)?;
+    }
     guest::build(&cache, &mut apt)?;
     node_vm::build(&cache, &mut apt)?;
     say("setup: done");

@@ -20,7 +20,7 @@ use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 
-use super::prepare::{dependents, forget_node, header, pin, replace_base};
+use super::prepare::{close_unfinished, dependents, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::{DiskTask, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
@@ -175,8 +175,17 @@ impl<'a> Place<'a> {
         self.files.of(self.chain.get(at)?)
     }
 
-    fn id(&self, at: usize) -> Option<FileId> {
-        self.file(at).and_then(NodeFile::id)
+    /// Which file a node of the chain is. Where its own name doesn't lead to it any more, the header of the image above
+    /// does: QEMU keeps it right.
+    fn id(&self, directory: &ImageDirectory, at: usize) -> Option<FileId> {
+        match self.file(at)? {
+            NodeFile::Stale => {
+                let above = self.id(directory, at.checked_sub(1)?);
+                let backing = super::prepare::header(directory, &name_of(directory, above).ok()?).ok()?.backing?;
+                directory.id(&backing).ok()?
+            }
+            file => file.id(),
+        }
     }
 
     fn may_become_writable(&self, at: usize) -> bool {
@@ -197,11 +206,13 @@ fn holds(node: &Node, above: Option<&Node>, files: &NodeFiles, state: &State) ->
 
 async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    close_unfinished(vm, &graph, state).await;
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     let place = Place::find(env, vm, &graph, state).await?;
     if let Some(merging) = &mut state.merging {
         let above = merging.above_id;
         let place = place.as_ref().filter(|place| place.at > 0);
-        let still_there = place.is_some_and(|place| place.id(place.at - 1) == Some(above));
+        let still_there = place.is_some_and(|place| place.id(directory, place.at - 1) == Some(above));
         if !still_there {
             merging.check_done(directory, state.base)?;
             return Ok(Removal::Again);
@@ -256,7 +267,7 @@ async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place
 
 /// Somebody else's image on top of the snapshot's file needs it as it stands.
 fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<()> {
-    let above = place.id(place.at - 1);
+    let above = place.id(directory, place.at - 1);
     for name in dependents(directory, state.base)? {
         if above.is_none() || directory.id(&name)? != above {
             let file = directory.join(&state.layer);
@@ -354,7 +365,7 @@ async fn commit_middle(
     at: usize,
 ) -> Result<Removal> {
     let (above, over) = (place.chain[at - 1], at - 2);
-    let above_id = place.id(at - 1);
+    let above_id = place.id(directory, at - 1);
     let above_name = name_of(directory, above_id)?;
     if let Some(kept) = kept_for(env, directory, &above_name) {
         return Ok(kept);
@@ -427,7 +438,7 @@ async fn stream_up(
     }
     start(vm, state, "block-stream", &arguments).await?;
     jobs::wait(vm.qmp(), &state.job(), Wanted::Gone).await?;
-    directory.sync_file(&name_of(directory, place.id(at - 1))?)?;
+    directory.sync_file(&name_of(directory, place.id(directory, at - 1))?)?;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if still_below(&graph, place, at) {
         let why = "QEMU ended it without saying why".to_owned();

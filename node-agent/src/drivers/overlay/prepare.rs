@@ -1,13 +1,13 @@
 //! Before and after the cut: the new layer, made and opened; the base, held by descriptor and verified.
 
-use freezeframe_qemu::Node;
+use freezeframe_qemu::{BlockGraph, Node};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
 
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
-use crate::hypervisor::graph::{hand_over, renew};
+use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots};
 use crate::hypervisor::qcow2::{Header, read_header};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
@@ -86,12 +86,30 @@ fn cache_options(like: &Node) -> Value {
 /// belongs to the new layer now. A node that QEMU named itself can't be repointed; it is left, and merging knows.
 pub async fn pin_base(vm: &Vm, roots: &ImageRoots, state: &State) -> Result<()> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    let Some(base) = graph.node(&state.base_node) else { return Ok(()) };
-    // The base may have been pinned by an earlier snapshot that is gone by now.
-    if base.auto_named || renew(vm.qmp(), &roots.directory(&state.directory)?, &state.layer).await? {
+    // After a restart of the VM the same name may be another node's, and that node the disk.
+    let layer = graph.node(&state.layer_node());
+    let below_layer = layer.and_then(|layer| layer.backing.as_ref()).filter(|below| **below == state.base_node);
+    let Some(base) = below_layer.and_then(|below| graph.node(below)) else { return Ok(()) };
+    let file = base.file_child.as_ref().and_then(|file| graph.node(file));
+    if file.is_some_and(is_by_descriptor) {
+        // Pinned just now, or by an earlier snapshot that is gone.
+        renew(vm.qmp(), &roots.directory(&state.directory)?, &state.layer).await?;
         return Ok(());
     }
+    if base.auto_named {
+        return Ok(());
+    }
+    close_unfinished(vm, &graph, state).await;
     pin(vm, roots, base, state).await
+}
+
+/// Closes what an interrupted [`pin`] or [`replace_base`] left without a user.
+pub async fn close_unfinished(vm: &Vm, graph: &BlockGraph, state: &State) {
+    for node in [state.keeping_node(), state.base_node_by_descriptor(), state.base_file_node()] {
+        if graph.node(&node).is_some() {
+            forget_node(vm, Some(&node)).await;
+        }
+    }
 }
 
 /// Reopens the base's format node, read-only, on the snapshot's file by descriptor.
@@ -184,11 +202,12 @@ pub async fn verify(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &State)
         return wrong("the new layer's header doesn't name the snapshot");
     }
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    let layer = graph.node(&state.layer_node());
-    if layer.and_then(|layer| layer.backing.as_deref()) != Some(state.base_node.as_str()) {
-        return wrong("QEMU doesn't have the new layer on top of the snapshot");
+    match graph.node(&state.layer_node()) {
+        // The VM was restarted since the cut: names and headers are all that it went by.
+        None => Ok(()),
+        Some(layer) if layer.backing.as_ref() == Some(&state.base_node) => Ok(()),
+        Some(_) => wrong("QEMU doesn't have the new layer on top of the snapshot"),
     }
-    Ok(())
 }
 
 /// The header of an image in `directory`.

@@ -1,5 +1,5 @@
-//! Objects for tests. Times are seconds after the first snapshot's creation.
-#![allow(dead_code, clippy::unwrap_used, reason = "each test crate uses a part; a test's fixtures may stop it")]
+//! Objects for unit tests. Times are seconds after the first snapshot's creation.
+#![allow(clippy::unwrap_used, reason = "a test's fixtures may stop it")]
 
 use freezeframe_api::v1alpha1::{
     ContentPhase, Phase, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotContentStatus, VMSnapshotStatus,

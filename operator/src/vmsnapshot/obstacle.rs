@@ -1,0 +1,66 @@
+//! What keeps a snapshot from being started. Pure.
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::{RunState, VMSnapshotClass, VMTargetStatus};
+
+use super::observe::{ClassState, Observed};
+
+/// Why a snapshot can't start yet.
+pub struct Obstacle {
+    /// A reason of the API.
+    pub reason: &'static str,
+    /// The reason in words.
+    pub message: String,
+    /// Whether nothing is missing but its turn.
+    pub accepted: bool,
+}
+
+impl Obstacle {
+    fn missing(reason: &'static str, message: String) -> Self {
+        Self { reason, message, accepted: false }
+    }
+}
+
+/// The class and the VM by which the work order can be given now.
+pub fn ready_to_start(observed: &Observed) -> Result<(&VMSnapshotClass, &VMTargetStatus), Obstacle> {
+    let class = class_of(&observed.class)?;
+    let target = running_target(observed)?;
+    match &observed.ahead {
+        None => Ok((class, target)),
+        Some(other) => Err(Obstacle {
+            reason: reasons::QUEUED,
+            message: format!("Snapshot {other} of the same VM goes first."),
+            accepted: true,
+        }),
+    }
+}
+
+fn class_of(class: &ClassState) -> Result<&VMSnapshotClass, Obstacle> {
+    let (reason, message) = match class {
+        ClassState::Found(class) => return Ok(class),
+        ClassState::NotFound(name) => (reasons::CLASS_NOT_FOUND, format!("There is no VMSnapshotClass {name}.")),
+        ClassState::NoDefault(0) => {
+            (reasons::NO_DEFAULT_CLASS, "No class was named and no VMSnapshotClass is the default one.".into())
+        }
+        ClassState::NoDefault(count) => (
+            reasons::NO_DEFAULT_CLASS,
+            format!("No class was named and {count} VMSnapshotClasses claim to be the default one."),
+        ),
+    };
+    Err(Obstacle::missing(reason, message))
+}
+
+fn running_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
+    let vm = &observed.snapshot.spec.vm_name;
+    let Some(target) = &observed.target else {
+        return Err(Obstacle::missing(reasons::VM_NOT_FOUND, format!("There is no VMTarget {vm} in this namespace.")));
+    };
+    let message = match target.status.as_ref() {
+        None => format!("No node has reported on VM {vm} yet."),
+        // Whether a paused VM can be taken depends on the level that is asked for: its node judges that.
+        Some(status) if matches!(status.run_state, RunState::Running | RunState::Paused) => return Ok(status),
+        Some(status) if status.run_state == RunState::Stopped => format!("VM {vm} doesn't run."),
+        Some(_) => format!("QEMU of VM {vm} doesn't answer."),
+    };
+    Err(Obstacle::missing(reasons::VM_NOT_RUNNING, message))
+}
