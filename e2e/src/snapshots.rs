@@ -20,7 +20,7 @@ const ENDED: Duration = Duration::from_secs(60);
 const GONE: Duration = Duration::from_secs(90);
 
 /// A `VMSnapshot` as a user writes it; fails the test if `spec` is none.
-pub fn snapshot(name: &str, spec: Value) -> Result<VMSnapshot> {
+pub fn snapshot(name: &str, spec: &Value) -> Result<VMSnapshot> {
     let object = json!({
         "apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMSnapshot",
         "metadata": {"name": name}, "spec": spec,
@@ -65,7 +65,7 @@ impl World {
 
     /// Applies a snapshot and doesn't wait.
     pub async fn apply_snapshot(&self, name: &str, spec: Value) -> Result<VMSnapshot> {
-        let created = self.snapshots().create(&PostParams::default(), &snapshot(name, spec)?).await;
+        let created = self.snapshots().create(&PostParams::default(), &snapshot(name, &spec)?).await;
         created.with_context(|| format!("creating {name}"))
     }
 
@@ -106,7 +106,7 @@ impl World {
         let (mut last, mut content) = (None, None);
         let gone = await_condition(&format!("{name} to be gone"), GONE, async || {
             last = snapshots.get_opt(name).await?;
-            let named = last.iter().filter_map(|left| left.status.as_ref()?.content_name.clone()).next();
+            let named = last.iter().find_map(|left| left.status.as_ref()?.content_name.clone());
             content = named.or(content.take());
             Ok(last.is_none().then_some(()))
         })

@@ -464,3 +464,18 @@ async fn where_left_data_is_is_told_once_more_when_its_content_goes() {
     let (result, ()) = tokio::join!(reconcile_content(&content, &ctx), script);
     result.unwrap();
 }
+
+#[tokio::test]
+async fn a_snapshot_is_not_cancelled_when_its_node_has_reported_meanwhile() {
+    let snapshot = deleted(finalized(fresh()));
+    let (ctx, mut server, _sources) = operator(vec![snapshot.clone()], vec![retaining(objects::content())]);
+    let script = async {
+        let call = server.expect(Method::PATCH, "/vmsnapshotcontents/vmsnap-uid-a").await;
+        let seen = json!({"uid": "uid-content", "resourceVersion": "200"});
+        assert_eq!(call.body, json!({"metadata": seen, "spec": {"deletionPolicy": "Delete"}}));
+        call.fail(409, "Conflict");
+        drop(server);
+    };
+    let (result, ()) = tokio::join!(reconcile(&snapshot, &ctx), script);
+    assert_eq!(kind(&result), Some(ErrorKind::Conflict), "nothing is deleted before this is thought over");
+}

@@ -230,11 +230,11 @@ pub struct Env<'a> {
     pub vm: Option<&'a Vm>,
     /// Where images may be.
     pub roots: &'a ImageRoots,
-    /// Other snapshots' disks of the same VM that still have artifacts.
+    /// Other snapshots' disks of the same VM that still have files.
     pub siblings: &'a [Sibling],
 }
 
-/// An artifact of another snapshot of the same VM.
+/// A file of another snapshot of the same VM.
 #[derive(Clone, Debug)]
 pub struct Sibling {
     /// Where it is.
@@ -369,6 +369,17 @@ pub trait SnapshotDriver: Send + Sync {
 
     /// Takes one step of removing whatever was made, finished or not, and says what is left.
     async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal>;
+
+    /// The file that has a task's data, complete or not.
+    fn place(&self, task: &DiskTask) -> Option<PathBuf> {
+        task.artifact.as_ref().map(|artifact| artifact.handle.clone())
+    }
+
+    /// Whether a removal went so far that another task's data is where its record doesn't say: it must be finished
+    /// before anything else of the VM is removed.
+    fn is_half_removed(&self, _task: &DiskTask) -> bool {
+        false
+    }
 
     /// Lets a task's record follow its artifact, which another snapshot's removal moved.
     fn follow(&self, task: &mut DiskTask, to: &std::path::Path, _roots: &ImageRoots) -> Result<()> {

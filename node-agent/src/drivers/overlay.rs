@@ -16,11 +16,12 @@
 
 mod merge;
 mod offline_merge;
+mod place;
 mod prepare;
 mod state;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use freezeframe_guard::{Exchange, Kind as ExchangeKind};
@@ -96,6 +97,16 @@ impl SnapshotDriver for Overlay {
             return Ok(Removal::Done);
         }
         merge::remove(env, task).await
+    }
+
+    fn place(&self, task: &DiskTask) -> Option<PathBuf> {
+        let state: State = task.state().ok()?;
+        Some(state.directory.join(state.layer))
+    }
+
+    fn is_half_removed(&self, task: &DiskTask) -> bool {
+        let merging = task.state::<State>().ok().and_then(|state| state.merging);
+        merging.is_some_and(|merging| merging.done)
     }
 
     fn follow(&self, task: &mut DiskTask, to: &Path, roots: &ImageRoots) -> Result<()> {

@@ -9,7 +9,7 @@ use super::journal::{JournalError, SessionRecord, Stage};
 use super::order::Order;
 use super::outcome::{self, chain};
 use super::window::{self, WindowError};
-use crate::drivers::{DriverError, Env, Removal, Sibling};
+use crate::drivers::{DriverError, Drivers, Env, Removal, Sibling};
 use crate::hypervisor::{OpenError, Vm};
 
 /// A driver that needs more steps than this for one disk goes round in circles.
@@ -108,10 +108,30 @@ impl Sessions {
         if !matches!(owed, Ok(false)) {
             return Err(RemovalError::Owed(record.order.vm.to_string()));
         }
+        self.finish_half_removed(record, &mut removed).await?;
         for at in 0..record.tasks.len() {
             self.remove_disk(record, at, &mut removed).await?;
         }
         Ok(removed)
+    }
+
+    /// Finishes what a crash interrupted in the removal of other snapshots of the VM. It may have moved this record's
+    /// data without its knowing yet, so the record is read again.
+    async fn finish_half_removed(&self, record: &mut SessionRecord, removed: &mut Removed) -> Result<(), RemovalError> {
+        let order = record.order.clone();
+        for mut other in self.journal.all()?.into_iter().filter(|other| is_sibling(other, &order)) {
+            let half_removed = |at: &usize| {
+                let task = &other.tasks[*at];
+                self.drivers.find(&task.driver).is_some_and(|driver| driver.is_half_removed(task))
+            };
+            for at in (0..other.tasks.len()).filter(half_removed).collect::<Vec<_>>() {
+                self.remove_disk(&mut other, at, removed).await?;
+            }
+        }
+        if let Some(fresh) = self.journal.load(&order.uid)? {
+            *record = SessionRecord { order, ..fresh };
+        }
+        Ok(())
     }
 
     async fn remove_disk(
@@ -159,24 +179,22 @@ impl Sessions {
         }
     }
 
-    /// Artifacts of other snapshots of the same VM.
+    /// Files of other snapshots of the same VM.
     fn siblings(&self, order: &Order) -> Result<Vec<Sibling>, JournalError> {
-        let others = self.journal.all()?.into_iter().filter(|other| {
-            other.order.vm == order.vm && other.order.uid != order.uid && other.stage != Stage::Removed
-        });
-        let artifacts = others.flat_map(|other| {
+        let others = self.journal.all()?.into_iter().filter(|other| is_sibling(other, order));
+        let files = others.flat_map(|other| {
             let retained = other.stage == Stage::Retained;
-            let handles = other.tasks.into_iter().filter_map(|task| task.artifact).map(|artifact| artifact.handle);
-            handles.map(|handle| Sibling { handle, retained }).collect::<Vec<_>>()
+            let places = other.tasks.iter().filter_map(|task| place(&self.drivers, task)).collect::<Vec<_>>();
+            places.into_iter().map(move |handle| Sibling { handle, retained })
         });
-        Ok(artifacts.collect())
+        Ok(files.collect())
     }
 
     /// Lets the record of the snapshot whose artifact moved follow it.
     fn follow(&self, order: &Order, from: &Path, to: &Path) -> Result<Vec<String>, RemovalError> {
         let mut moved = vec![];
         for mut other in self.journal.all()?.into_iter().filter(|other| other.order.uid != order.uid) {
-            let tasks = other.tasks.iter_mut().filter(|task| handle(task) == Some(from));
+            let tasks = other.tasks.iter_mut().filter(|task| place(&self.drivers, task).as_deref() == Some(from));
             let mut changed = false;
             for task in tasks {
                 if let Some(driver) = self.drivers.find(&task.driver) {
@@ -202,6 +220,15 @@ pub(super) struct Removed {
     pub(super) kept: Vec<String>,
     /// Contents of other snapshots whose artifacts moved.
     pub(super) moved: Vec<String>,
+}
+
+fn is_sibling(other: &SessionRecord, order: &Order) -> bool {
+    other.order.vm == order.vm && other.order.uid != order.uid && other.stage != Stage::Removed
+}
+
+/// Where a task's data is, whether it was completed or not.
+fn place(drivers: &Drivers, task: &crate::drivers::DiskTask) -> Option<PathBuf> {
+    drivers.find(&task.driver)?.place(task)
 }
 
 fn handle(task: &crate::drivers::DiskTask) -> Option<&Path> {

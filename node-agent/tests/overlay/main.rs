@@ -1,6 +1,8 @@
 //! The overlay driver on a real QEMU with a guard, without a guest: patterns instead of file systems, every order
 //! instead of a few, a crash at every await instead of at a named one.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "the helpers of a test fail as the test does")]
+
 mod crashes;
 mod lab;
 mod machine;

@@ -20,12 +20,13 @@ use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 
+use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, dependents, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::{DiskTask, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
-use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, renew, take_back_unused, working_directory};
+use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -144,64 +145,6 @@ fn sync_images(directory: &ImageDirectory, state: &State) -> Result<()> {
         directory.sync_file(name)?;
     }
     Ok(())
-}
-
-/// The chain of the disk that holds the snapshot's file, top first, and where in it the file is.
-struct Place<'a> {
-    root: String,
-    chain: Vec<&'a Node>,
-    files: NodeFiles,
-    at: usize,
-}
-
-impl<'a> Place<'a> {
-    async fn find(env: &Env<'_>, vm: &Vm, graph: &'a BlockGraph, state: &State) -> Result<Option<Place<'a>>> {
-        let cwd = working_directory(vm.qmp_identity().peer_pid);
-        let files = node_files(vm.qmp(), graph, env.roots, cwd.as_deref()).await;
-        let files = files.map_err(qemu("read the descriptors that QEMU holds"))?;
-        for disk in graph.disks() {
-            let (Some(root), Some(top)) = (&disk.root, &disk.top) else { continue };
-            let chain = graph.chain(top);
-            let above = |at: usize| at.checked_sub(1).map(|above| chain[above]);
-            let found = chain.iter().enumerate().position(|(at, node)| holds(node, above(at), &files, state));
-            if let Some(at) = found {
-                return Ok(Some(Place { root: root.clone(), chain, files, at }));
-            }
-        }
-        Ok(None)
-    }
-
-    fn file(&self, at: usize) -> Option<&NodeFile> {
-        self.files.of(self.chain.get(at)?)
-    }
-
-    /// Which file a node of the chain is. Where its own name doesn't lead to it any more, the header of the image above
-    /// does: QEMU keeps it right.
-    fn id(&self, directory: &ImageDirectory, at: usize) -> Option<FileId> {
-        match self.file(at)? {
-            NodeFile::Stale => {
-                let above = self.id(directory, at.checked_sub(1)?);
-                let backing = super::prepare::header(directory, &name_of(directory, above).ok()?).ok()?.backing?;
-                directory.id(&backing).ok()?
-            }
-            file => file.id(),
-        }
-    }
-
-    fn may_become_writable(&self, at: usize) -> bool {
-        self.file(at).is_some_and(NodeFile::may_become_writable)
-    }
-}
-
-/// A stale node's file isn't certain by itself, but the node that was the disk at our own cut, and is right below our
-/// own layer, holds our base. Its name alone says nothing: QEMU may make up the same one after a restart.
-fn holds(node: &Node, above: Option<&Node>, files: &NodeFiles, state: &State) -> bool {
-    let below_our_layer = above.is_some_and(|above| above.name == state.layer_node());
-    match files.of(node) {
-        Some(NodeFile::Stale) => below_our_layer && node.name == state.base_node,
-        Some(file) => file.id() == Some(state.base),
-        None => false,
-    }
 }
 
 async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
@@ -400,14 +343,6 @@ pub fn kept_for(env: &Env<'_>, directory: &ImageDirectory, above: &str) -> Optio
     let path = directory.join(above);
     let kept = env.siblings.iter().any(|sibling| sibling.retained && sibling.handle == path);
     kept.then(|| Removal::Kept(format!("{} was retained and needs this file", path.display())))
-}
-
-/// The name of a file in `directory`.
-fn name_of(directory: &ImageDirectory, id: Option<FileId>) -> Result<String> {
-    let unknown = || DriverError::NotNow("the layer above isn't a file of this directory".into());
-    let id = id.ok_or_else(unknown)?;
-    let mut names = directory.names()?.into_iter();
-    names.find(|name| directory.holds(name, id).unwrap_or(false)).ok_or_else(unknown)
 }
 
 /// Copies the snapshot's data up into the layer above, where the file's own node can't be made writable: QEMU would

@@ -19,11 +19,9 @@ const DEEPEST: usize = 1024;
 /// Takes one step of merging the layer above a snapshot's file into it.
 pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let chain = chain(directory, &state.disk_file)?;
-    if let Some(merging) = &mut state.merging {
-        if !chain.contains(&merging.above) {
-            merging.check_done(directory, state.base)?;
-            return Ok(Removal::Again);
-        }
+    if let Some(merging) = state.merging.as_mut().filter(|merging| !chain.contains(&merging.above)) {
+        merging.check_done(directory, state.base)?;
+        return Ok(Removal::Again);
     }
     let at = chain.iter().position(|name| *name == state.layer);
     let users = dependents(directory, state.base)?;
