@@ -21,7 +21,8 @@ const GREETING: Duration = Duration::from_secs(2);
 const MACHINE: &str = "-machine q35 -accel tcg,thread=multi,tb-size=256 -cpu max -smp 2 \
                        -nodefaults -no-user-config -display none -no-reboot -device virtio-serial-pci \
                        -object rng-random,id=rng,filename=/dev/urandom -device virtio-rng-pci,rng=rng";
-const KERNEL: &str = "console=ttyS0 quiet panic=-1 clocksource=acpi_pm no_timer_check random.trust_cpu=on mitigations=off";
+const KERNEL: &str =
+    "console=ttyS0 quiet panic=-1 clocksource=acpi_pm no_timer_check random.trust_cpu=on mitigations=off";
 /// For commands inside: those of a root shell.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 

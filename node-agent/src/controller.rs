@@ -12,6 +12,7 @@ use kube::runtime::controller::{Action, Config as ControllerConfig};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::{Controller, watcher};
 use kube::{Api, Client, ResourceExt};
+use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info_span};
 
@@ -54,6 +55,8 @@ struct Shared {
     context: Context,
     store: Store<VMSnapshotContent>,
     moved: mpsc::Sender<ObjectRef<VMSnapshotContent>>,
+    /// Read by each work order that is being served.
+    serving: RwLock<()>,
 }
 
 /// Runs until `stop`; sessions under way are finished first, so no window is left open.
@@ -63,20 +66,30 @@ pub async fn run(context: Context, node: &str, stop: CancellationToken) {
     let (moved, to_follow) = mpsc::channel(64);
     let controller = Controller::new(contents, watched);
     let store = controller.store();
-    let shared = Arc::new(Shared { context, store, moved });
+    let shared = Arc::new(Shared { context, store, moved, serving: RwLock::default() });
     recover(&shared, &stop);
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweep(shared.clone(), node.to_owned())));
-    controller
+    let serving = controller
         .with_config(ControllerConfig::default().concurrency(64))
         .reconcile_on(to_follow)
-        .graceful_shutdown_on(stop.cancelled_owned())
-        .run(reconcile, |content, error, shared| error_policy(&content, error, &shared), shared)
+        .graceful_shutdown_on(stop.clone().cancelled_owned())
+        .run(reconcile, |content, error, shared| error_policy(&content, error, &shared), shared.clone())
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::warn!(error = crate::session::outcome::chain(&error), "work order not finished");
             }
-        })
-        .await;
+        });
+    tokio::select! {
+        () = serving => {}
+        // Stopped before its first list, the controller would wait for that list for ever.
+        () = at_rest(&shared, &stop) => {}
+    }
+}
+
+/// Resolves when the agent is to stop and no work order is being served.
+async fn at_rest(shared: &Shared, stop: &CancellationToken) {
+    stop.cancelled().await;
+    drop(shared.serving.write().await);
 }
 
 fn error_policy(content: &VMSnapshotContent, error: &Error, _: &Shared) -> Action {
@@ -86,6 +99,7 @@ fn error_policy(content: &VMSnapshotContent, error: &Error, _: &Shared) -> Actio
 }
 
 async fn reconcile(content: Arc<VMSnapshotContent>, shared: Arc<Shared>) -> Result<Action, Error> {
+    let _serving = shared.serving.read().await;
     let order = Order::new(&content);
     let (namespace, name) = &order.snapshot;
     let span = info_span!("session", snapshot = format!("{namespace}/{name}"), vm = %order.vm);

@@ -63,6 +63,7 @@ pub struct Disk {
 }
 
 /// A node of the graph.
+#[expect(clippy::struct_excessive_bools, reason = "they are QEMU's own flags, each on its own")]
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Node {
     /// Unique in this VM.

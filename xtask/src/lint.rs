@@ -6,7 +6,10 @@ use crate::progress::{self, cargo, line, say};
 
 /// Fails on the first file that is not formatted and on any warning.
 pub fn run() -> Result<()> {
-    for arguments in ["fmt --all --check", "clippy --quiet --workspace --all-targets -- -D warnings"] {
+    for arguments in [
+        "fmt --all --check",
+        "clippy --quiet --workspace --all-targets --features freezeframe-node-agent/crash-points -- -D warnings",
+    ] {
         let mut command = cargo();
         command.args(arguments.split(' '));
         say(format_args!("lint: {}", line(&command)));

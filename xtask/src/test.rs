@@ -26,6 +26,9 @@ struct Tally {
     failed: u64,
 }
 
+/// Lets the end-to-end tests crash the agent where they want.
+const FEATURES: &str = "--features freezeframe-node-agent/crash-points";
+
 /// A stage: what it is called, how one runs it alone, and what it does.
 type Stage = (&'static str, String, Box<dyn FnOnce(&mut Tally) -> Result<()>>);
 
@@ -50,10 +53,12 @@ pub fn run(options: &Options) -> ExitCode {
 }
 
 fn stages(options: &Options) -> Vec<Stage> {
-    let units = "test --no-fail-fast --workspace --exclude freezeframe-e2e";
+    // Every stage selects the whole workspace with the same features: cargo would build kube anew for each other choice.
+    let units = format!("test --no-fail-fast --workspace --exclude freezeframe-e2e {FEATURES}");
+    let rerun_units = format!("cargo {units}");
     let mut stages: Vec<Stage> = vec![
         ("format and clippy", "cargo xtask lint".into(), Box::new(|_| lint::run())),
-        ("unit tests", format!("cargo {units}"), Box::new(move |tally| tests(units, tally))),
+        ("unit tests", rerun_units, Box::new(move |tally| tests(&units, tally))),
         ("generated files", "cargo xtask codegen --check".into(), Box::new(|_| codegen::run(true))),
     ];
     if !options.quick {
@@ -67,9 +72,10 @@ fn end_to_end(topic: Option<&str>) -> Stage {
     let chosen = topic.map(|topic| format!(" --test {topic}")).unwrap_or_default();
     // Each test has a control plane and guests of its own: more than two at once would only wait for one another.
     let arguments = format!("test --no-fail-fast --package freezeframe-e2e{chosen} -- --test-threads=2");
-    let rerun = format!("cargo build --workspace --bins && cargo {arguments}");
+    let build = format!("build --workspace --bins {FEATURES}");
+    let rerun = format!("cargo {build} && cargo {arguments}");
     let stage = move |tally: &mut Tally| {
-        run_command(cargo().args(["build", "--workspace", "--bins"]))?;
+        run_command(cargo().args(build.split(' ')))?;
         tests(&arguments, tally)
     };
     ("end-to-end tests", rerun, Box::new(stage))

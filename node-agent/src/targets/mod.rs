@@ -57,8 +57,8 @@ impl Targets {
             beat.tick().await;
             // What an earlier life of this agent published need not be written again, and what somebody deleted must be.
             if Instant::now() >= next_comparison {
-                let Some(published) = publisher.published().await else { continue };
-                known = published;
+                let Some(there) = publisher.published().await else { continue };
+                known = there;
                 next_comparison = Instant::now() + COMPARISON;
             }
             self.scan(&publisher, &mut known).await;
@@ -82,8 +82,7 @@ impl Targets {
             for vm in some {
                 probes.push(self.publish(vm, publisher, known.get(vm)));
             }
-            let published = join_all(probes).await;
-            known.extend(published.into_iter().flatten());
+            known.extend(join_all(probes).await.into_iter().flatten());
         }
         let gone: Vec<_> = known.keys().filter(|vm| !found.contains(vm)).cloned().collect();
         for vm in gone {
