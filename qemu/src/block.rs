@@ -64,6 +64,7 @@ pub struct Disk {
 
 /// A node of the graph.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of QEMU's own, independent of the others")]
 pub struct Node {
     /// Unique in this VM.
     pub name: String,
