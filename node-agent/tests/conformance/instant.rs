@@ -1,13 +1,13 @@
 //! The window: one instant for all disks, and cuts that come too late.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use freezeframe_api::v1alpha1::ContentPhase;
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::session::order::Order;
 
-use crate::cases::{drivers, for_every_case};
+use crate::cases::{Case, drivers, for_every_case};
 use crate::content::qemu_io;
 use crate::loopcopy::Loopcopy;
 use crate::storage::{Kind, Storage, run};
@@ -58,30 +58,47 @@ fn counters(world: &World, order: &Order) -> Vec<u32> {
     counter.collect()
 }
 
+/// Takes snapshots of a writing guest; each must be of one instant.
+async fn check_instants(case: Case, drivers: Drivers) {
+    let storage = Storage::new(case.storage);
+    let disks = two_disks(&storage, case.format);
+    install_guest(&disks);
+    let world = World::with(storage, disks, drivers).await;
+    let (end, mut last, mut taken) = (Instant::now() + SOON, 0, 0);
+    for number in 1.. {
+        let order = world.order(case.driver, number);
+        world.snapshot(&order).await;
+        let counters = counters(&world, &order);
+        assert!(counters[0].wrapping_sub(counters[1]) <= 1, "snapshot {number}: {counters:?}");
+        world.delete(&order).await;
+        // Only snapshots between which the guest wrote count.
+        taken += u32::from(counters[1] > last);
+        last = counters[1];
+        if taken >= 5 {
+            return;
+        }
+        assert!(Instant::now() < end, "the guest doesn't write: {counters:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_disks_of_a_writing_guest_are_cut_at_one_instant() {
-    for_every_case(|case| async move {
-        let storage = Storage::new(case.storage);
-        let disks = two_disks(&storage, case.format);
-        install_guest(&disks);
-        let world = World::with(storage, disks, drivers()).await;
-        let (end, mut last, mut taken) = (Instant::now() + SOON, 0, 0);
-        for number in 1.. {
-            let order = world.order(case.driver, number);
-            world.snapshot(&order).await;
-            let counters = counters(&world, &order);
-            assert!(counters[0].wrapping_sub(counters[1]) <= 1, "snapshot {number}: {counters:?}");
-            world.delete(&order).await;
-            // Only snapshots between which the guest wrote count.
-            taken += u32::from(counters[1] > last);
-            last = counters[1];
-            if taken >= 5 {
-                return;
-            }
-            assert!(Instant::now() < end, "the guest doesn't write: {counters:?}");
-        }
-    })
-    .await;
+    for_every_case(|case| check_instants(case, drivers())).await;
+}
+
+static CUTS: AtomicU32 = AtomicU32::new(0);
+
+/// Makes every other cut late: a guest that runs meanwhile writes many times.
+fn dawdle() {
+    if CUTS.fetch_add(1, Ordering::SeqCst) % 2 == 1 {
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cuts_that_are_far_apart_are_one_instant_to_the_guest() {
+    let case = Case { driver: "loopcopy", storage: Kind::Plain, format: "raw" };
+    check_instants(case, Drivers::new(vec![Box::new(Loopcopy(dawdle))])).await;
 }
 
 static LET_THE_CUT_GO_ON: AtomicBool = AtomicBool::new(false);

@@ -27,7 +27,8 @@ impl Default for Loopcopy {
 
 fn copy_of(task: &DiskTask) -> Result<PathBuf> {
     let path = task.path.as_ref().ok_or_else(|| DriverError::Verify("the disk has no file".into()))?;
-    Ok(path.with_added_extension(format!("loopcopy-{}", task.id)))
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Ok(path.with_file_name(format!("{name}.loopcopy-{}", task.id)))
 }
 
 fn io(doing: &'static str, path: PathBuf) -> impl FnOnce(std::io::Error) -> ImageError {

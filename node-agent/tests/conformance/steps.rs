@@ -9,6 +9,7 @@ use freezeframe_node_agent::session::window;
 use std::time::Duration;
 
 use crate::cases::{Case, drivers, for_every_case, parameters};
+use crate::content::SIZE;
 use crate::world::World;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -61,7 +62,11 @@ impl Steps {
     /// the exchange, as a crash would.
     async fn cut(&self, world: &World, names: bool) {
         let group: Vec<_> = self.tasks.iter().collect();
-        let cut = self.driver.cut(&group, &world.sessions.roots).unwrap();
+        let mut cut = self.driver.cut(&group, &world.sessions.roots).unwrap();
+        // So that a copy is still under way when the next function is called.
+        for backup in cut.actions.iter_mut().filter(|action| action["type"] == "blockdev-backup") {
+            backup["data"]["speed"] = serde_json::json!(SIZE);
+        }
         world.machine().stop().await;
         if !cut.actions.is_empty() {
             world.vm().await.qmp().transaction(&cut.actions, SOON).await.unwrap();
