@@ -63,7 +63,6 @@ pub struct Disk {
 }
 
 /// A node of the graph.
-#[expect(clippy::struct_excessive_bools, reason = "they are QEMU's own flags, each on its own")]
 #[derive(Debug, Clone, Default, PartialEq)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a fact of QEMU's own, independent of the others")]
 pub struct Node {

@@ -17,6 +17,9 @@ pub struct Options {
     /// Of the end-to-end tests this one topic alone: a file of e2e/tests, without .rs
     #[arg(long, conflicts_with = "quick")]
     topic: Option<String>,
+    /// The LVM suite in a node VM as well: a quarter of an hour more
+    #[arg(long, conflicts_with = "quick")]
+    all: bool,
 }
 
 /// Tests that passed and failed, by cargo test's own result lines.
@@ -62,14 +65,18 @@ fn stages(options: &Options) -> Vec<Stage> {
         ("generated files", "cargo xtask codegen --check".into(), Box::new(|_| codegen::run(true))),
     ];
     if !options.quick {
-        stages.insert(0, ("setup", "cargo xtask setup".into(), Box::new(|_| setup::run())));
-        stages.push(end_to_end(options.topic.as_deref()));
+        let setup = if options.all { setup::run_with_node_vm } else { setup::run };
+        stages.insert(0, ("setup", "cargo xtask setup".into(), Box::new(move |_| setup())));
+        stages.push(end_to_end(options));
     }
     stages
 }
 
-fn end_to_end(topic: Option<&str>) -> Stage {
-    let chosen = topic.map(|topic| format!(" --test {topic}")).unwrap_or_default();
+fn end_to_end(options: &Options) -> Stage {
+    let mut chosen = options.topic.as_ref().map(|topic| format!(" --test {topic}")).unwrap_or_default();
+    if options.all {
+        chosen += " --features node-vm";
+    }
     // Each test has a control plane and guests of its own: more than two at once would only wait for one another.
     let arguments = format!("test --no-fail-fast --package freezeframe-e2e{chosen} -- --test-threads=2");
     let build = format!("build --workspace --bins {FEATURES}");

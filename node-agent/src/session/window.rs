@@ -41,7 +41,7 @@ const LOOK: Duration = Duration::from_millis(500);
 const HOLD_SLACK: Duration = Duration::from_millis(1200);
 /// What the guard's deadline has beyond the sum of ours: it acts when we failed to.
 const GUARD_SLACK: Duration = Duration::from_secs(1);
-/// How long anything may take while the virtual CPUs are stopped.
+/// How long anything may take while the virtual CPUs are stopped, at the default hold of 5 s.
 const PAUSE_BOUND: Duration = Duration::from_millis(1500);
 
 /// What is to be done in a window.
@@ -235,6 +235,11 @@ async fn arm(vm: &Vm, guard: &Guard, plan: &Plan) -> Result<Window, WindowError>
     guard.arm(record, &vm.stream_fds()).await.map_err(WindowError::Arm)
 }
 
+/// An order that raises the hold for a slow layer raises the pause with it; none gets less than the default.
+fn pause_bound(max_hold: Duration) -> Duration {
+    PAUSE_BOUND.max(max_hold * 3 / 10)
+}
+
 /// What is held at this moment, and what was measured.
 #[derive(Default)]
 struct Hold {
@@ -260,7 +265,7 @@ impl Hold {
         armed.give_up_after(plan.max_hold + HOLD_SLACK);
         crash::point("frozen");
         let left = plan.max_hold.saturating_sub(self.held());
-        let left = if plan.pause { left.min(PAUSE_BOUND) } else { left };
+        let left = if plan.pause { left.min(pause_bound(plan.max_hold)) } else { left };
         timeout(left, self.cut_held(vm, armed, plan)).await.unwrap_or(Err(WindowError::HoldExceeded(left)))
     }
 

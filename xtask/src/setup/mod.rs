@@ -15,15 +15,20 @@ use crate::progress::say;
 
 /// Does what is missing, and only that.
 pub fn run() -> Result<()> {
-    prepare(true)
+    prepare(true, false)
+}
+
+/// The same with the node VM, for the LVM suite.
+pub fn run_with_node_vm() -> Result<()> {
+    prepare(true, true)
 }
 
 /// The same without a control plane of our own, for one who brings a cluster.
 pub fn run_for_a_guest() -> Result<()> {
-    prepare(false)
+    prepare(false, false)
 }
 
-fn prepare(control_plane: bool) -> Result<()> {
+fn prepare(control_plane: bool, node_vm: bool) -> Result<()> {
     let cache = Cache::locate()?;
     say(format_args!("setup: into {}", cache.root().display()));
     let debian = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
@@ -34,7 +39,9 @@ fn prepare(control_plane: bool) -> Result<()> {
         control_plane::build(&cache)?;
     }
     guest::build(&cache, &mut apt)?;
-    node_vm::build(&cache, &mut apt)?;
+    if node_vm {
+        node_vm::build(&cache, &mut apt)?;
+    }
     say("setup: done");
     Ok(())
 }
