@@ -82,7 +82,11 @@ impl Exchange {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Busy),
             locked => locked.map_err(|e| Error::Lock(e.into()))?,
         }
-        self.rename(&directory)
+        let applied = self.rename(&directory);
+        // Closing would not do: a child that this process is just forking holds the lock until it becomes another
+        // program, and the next exchange in this directory would find it taken.
+        rustix::fs::flock(&directory, FlockOperation::Unlock).map_err(|e| Error::Lock(e.into()))?;
+        applied
     }
 
     /// As [`Exchange::apply`], against a holder of the lock that was stopped in the middle of it. When it is woken, it
