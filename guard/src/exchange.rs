@@ -178,7 +178,7 @@ mod tests {
                 scope.spawn(move || exchange(thread));
             }
             scope.spawn(|| {
-                (0..50).for_each(|_| assert!(std::process::Command::new("true").status().unwrap().success()))
+                (0..50).for_each(|_| assert!(std::process::Command::new("true").status().unwrap().success()));
             });
         });
     }

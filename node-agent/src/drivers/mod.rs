@@ -375,7 +375,7 @@ pub trait SnapshotDriver: Send + Sync {
         task.artifact.as_ref().map(|artifact| artifact.handle.clone())
     }
 
-    /// Whether a removal went so far that another task's data is where its record doesn't say: it must be finished
+    /// Whether a removal went so far that another task's data may be where its record doesn't say: it must be finished
     /// before anything else of the VM is removed.
     fn is_half_removed(&self, _task: &DiskTask) -> bool {
         false

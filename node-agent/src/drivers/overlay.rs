@@ -105,8 +105,8 @@ impl SnapshotDriver for Overlay {
     }
 
     fn is_half_removed(&self, task: &DiskTask) -> bool {
-        let merging = task.state::<State>().ok().and_then(|state| state.merging);
-        merging.is_some_and(|merging| merging.done)
+        // Whether it is done or not: the note of that comes later than the fact.
+        task.state::<State>().is_ok_and(|state| state.merging.is_some())
     }
 
     fn follow(&self, task: &mut DiskTask, to: &Path, roots: &ImageRoots) -> Result<()> {

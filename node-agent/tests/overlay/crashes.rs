@@ -98,20 +98,19 @@ async fn a_deletion_cut_off_anywhere_harms_nothing_and_can_be_finished() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_whose_data_moved_before_a_crash_is_deleted_where_it_is() {
     let mut lab = lab(Shape::Blockdev, 1).await;
-    let mut polls = 1;
-    loop {
+    let mut seen = false;
+    for polls in 1.. {
         let (lower, upper) = (lab.take().await, lab.take().await);
         let order = lab.snapshots[&lower].order.clone();
         let whole = cut_off(Box::pin(lab.sessions.delete(&order)), polls).await.is_some();
-        assert!(!whole, "no point between the merge and the record of it");
         let record = lab.sessions.journal.load(&order.uid).unwrap().unwrap();
-        let moved = record.tasks[0].state["merging"]["done"] == true;
+        seen |= !whole && record.tasks[0].state["merging"]["done"] == true;
         lab.delete(upper).await;
         lab.delete(lower).await;
         lab.check().await;
-        if moved {
-            return;
+        if whole {
+            break;
         }
-        polls += 1;
     }
+    assert!(seen, "no crash came between the merge and the record of it");
 }

@@ -148,9 +148,7 @@ fn sync_images(directory: &ImageDirectory, state: &State) -> Result<()> {
 }
 
 async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
-    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    close_unfinished(vm, &graph, state).await;
-    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    let graph = close_unfinished(vm, state).await?;
     let place = Place::find(env, vm, &graph, state).await?;
     if let Some(merging) = &mut state.merging {
         let above = merging.above_id;

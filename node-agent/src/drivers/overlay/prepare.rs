@@ -7,7 +7,7 @@ use std::fs::File;
 
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
-use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew};
+use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew, take_back_unused};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots};
 use crate::hypervisor::qcow2::{Header, read_header};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
@@ -99,17 +99,21 @@ pub async fn pin_base(vm: &Vm, roots: &ImageRoots, state: &State) -> Result<()> 
     if base.auto_named {
         return Ok(());
     }
-    close_unfinished(vm, &graph, state).await;
+    close_unfinished(vm, state).await?;
     pin(vm, roots, base, state).await
 }
 
-/// Closes what an interrupted [`pin`] or [`replace_base`] left without a user.
-pub async fn close_unfinished(vm: &Vm, graph: &BlockGraph, state: &State) {
+/// Closes what an interrupted [`pin`] or [`replace_base`] left without a user, and returns the graph without it.
+pub async fn close_unfinished(vm: &Vm, state: &State) -> Result<BlockGraph> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     for node in [state.keeping_node(), state.base_node_by_descriptor(), state.base_file_node()] {
         if graph.node(&node).is_some() {
             forget_node(vm, Some(&node)).await;
         }
     }
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    take_back_unused(vm.qmp(), &graph).await.map_err(qemu("take back descriptors that no node uses"))?;
+    Ok(graph)
 }
 
 /// Reopens the base's format node, read-only, on the snapshot's file by descriptor.
