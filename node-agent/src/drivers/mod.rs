@@ -409,3 +409,20 @@ impl DiskTask {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::registry;
+
+    #[test]
+    fn the_guide_to_drivers_has_a_row_for_each() {
+        let guide = include_str!("../../../docs/drivers.md");
+        for driver in registry() {
+            assert!(
+                guide.contains(&format!("\n| `{}` |", driver.name())),
+                "docs/drivers.md has no row `{}`",
+                driver.name()
+            );
+        }
+    }
+}
