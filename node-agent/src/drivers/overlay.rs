@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use freezeframe_guard::{Exchange, Kind as ExchangeKind};
+use freezeframe_guard::Exchange;
 use freezeframe_qemu::BlockGraph;
 use serde_json::{Value, json};
 
@@ -127,13 +127,5 @@ fn layer_cut(state: &State) -> (Value, Exchange) {
         "type": "blockdev-snapshot",
         "data": {"node": state.base_node, "overlay": state.layer_node()},
     });
-    let exchange = Exchange {
-        directory: state.directory.clone(),
-        a: state.disk_file.clone(),
-        b: state.layer.clone(),
-        a_inode: state.base.inode,
-        when_active: state.layer_node(),
-        kind: ExchangeKind::Swap,
-    };
-    (action, exchange)
+    (action, state.swap())
 }

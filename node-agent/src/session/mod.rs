@@ -24,6 +24,7 @@ pub mod order;
 pub mod outcome;
 mod removal;
 pub mod window;
+mod window_error;
 
 use std::path::PathBuf;
 

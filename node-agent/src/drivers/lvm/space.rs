@@ -33,7 +33,7 @@ fn check_part(path: PathBuf, size: u64, used_percent: f64, parameters: &Paramete
 }
 
 /// LVM gives percents with two digits behind the point.
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=10000 before")]
 fn part_of(size: u64, percent: f64) -> u64 {
     let hundredths = (percent.clamp(0.0, 100.0) * 100.0).round() as u64;
     u64::try_from(u128::from(size) * u128::from(hundredths) / 10_000).unwrap_or(size)

@@ -16,7 +16,6 @@
 //!  the file can't be written by its node ── stream it up, unlink it ─► Done
 //! ```
 
-use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 
@@ -90,22 +89,14 @@ async fn give_up_layer(env: &Env<'_>, directory: &ImageDirectory, state: &State)
         close_unused(vm, state).await?;
     } else {
         // A QEMU whose monitor is out of reach still has its image locked.
-        crate::drivers::qemu_img(&["info"], &directory.join(&state.layer), None).await?;
+        crate::drivers::qemu_img(&["info", "-f", "qcow2"], &directory.join(&state.layer), None).await?;
     }
     directory.unlink(&state.layer)?;
     Ok(Removal::Done)
 }
 
 fn exchange_names(state: &State) -> Result<()> {
-    let exchange = Exchange {
-        directory: state.directory.clone(),
-        a: state.disk_file.clone(),
-        b: state.layer.clone(),
-        a_inode: state.base.inode,
-        when_active: state.layer_node(),
-        kind: ExchangeKind::Swap,
-    };
-    exchange.apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
+    state.swap().apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
 }
 
 /// Closes nodes that a merge or a cut that never was left without a user, and takes the descriptors back that no node
@@ -283,16 +274,7 @@ fn nodes_of(layer: &Node) -> Vec<String> {
 }
 
 fn switch(directory: &ImageDirectory, state: &State, job: Option<String>, place: &Place<'_>) -> Result<Removal> {
-    let active = directory.id(&state.disk_file)?;
-    let active = active.ok_or_else(|| DriverError::NotNow(format!("{} is gone", state.disk_file)))?;
-    let exchange = Exchange {
-        directory: state.directory.clone(),
-        a: state.disk_file.clone(),
-        b: state.layer.clone(),
-        a_inode: active.inode,
-        when_active: place.chain[place.at].name.clone(),
-        kind: ExchangeKind::Replace,
-    };
+    let exchange = state.replace(directory, &place.chain[place.at].name)?;
     Ok(Removal::Switch(Switch { job, exchange }))
 }
 

@@ -1,6 +1,5 @@
 //! The same merge while the VM is stopped: the chain is read from the images' headers.
 
-use freezeframe_guard::{Exchange, Kind as ExchangeKind};
 use serde_json::json;
 
 use super::merge::kept_for;
@@ -108,17 +107,7 @@ async fn commit_disk(daemon: &StorageDaemon, directory: &ImageDirectory, state: 
     daemon.qmp().job_complete(&state.job(), QMP_TIMEOUT).await.map_err(qemu("complete the merge"))?;
     jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
     directory.sync_file(&state.layer)?;
-    let active = directory.id(&state.disk_file)?;
-    let active = active.ok_or_else(|| DriverError::NotNow(format!("{} is gone", state.disk_file)))?;
-    let exchange = Exchange {
-        directory: state.directory.clone(),
-        a: state.disk_file.clone(),
-        b: state.layer.clone(),
-        a_inode: active.inode,
-        when_active: "base".into(),
-        kind: ExchangeKind::Replace,
-    };
-    exchange.apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
+    state.replace(directory, "base")?.apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
 }
 
 fn offline(error: &OfflineError) -> DriverError {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use freezeframe_guard::{Exchange, Kind};
 use freezeframe_qemu::BlockGraph;
 use serde::{Deserialize, Serialize};
 
@@ -79,6 +80,29 @@ impl State {
             merging: None,
             closing: vec![],
         })
+    }
+
+    /// The cut's change of names: the new layer becomes the disk, the disk the snapshot.
+    pub fn swap(&self) -> Exchange {
+        self.exchange(self.base, self.layer_node(), Kind::Swap)
+    }
+
+    /// The end of a merge of the disk's layer: the merged file becomes the disk once `merged` is the disk's node.
+    pub fn replace(&self, directory: &ImageDirectory, merged: &str) -> Result<Exchange> {
+        let active = directory.id(&self.disk_file)?;
+        let active = active.ok_or_else(|| DriverError::NotNow(format!("{} is gone", self.disk_file)))?;
+        Ok(self.exchange(active, merged.to_owned(), Kind::Replace))
+    }
+
+    fn exchange(&self, disk: FileId, when_active: String, kind: Kind) -> Exchange {
+        Exchange {
+            directory: self.directory.clone(),
+            a: self.disk_file.clone(),
+            b: self.layer.clone(),
+            a_inode: disk.inode,
+            when_active,
+            kind,
+        }
     }
 
     /// Name of the layer while it is being made.
