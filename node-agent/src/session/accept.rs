@@ -175,18 +175,83 @@ async fn can_freeze(vm: &mut Vm, order: &Order) -> Result<(), Failure> {
 }
 
 /// Fails if a disk came, went, or changed its size or node since it was planned.
-pub async fn unchanged(sessions: &Sessions, vm: &Vm, tasks: &[DiskTask]) -> Result<(), Failure> {
-    let found = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?.found;
-    for task in tasks {
-        let same = found.iter().any(|disk| disk.name == task.disk && disk.node == task.node && disk.size == task.size);
-        if !same {
-            let message = format!("disk `{}` changed while the snapshot was prepared", task.disk);
-            return Err(Failure::new(reasons::VM_CHANGED, message));
+pub async fn unchanged(sessions: &Sessions, vm: &Vm, order: &Order, tasks: &[DiskTask]) -> Result<(), Failure> {
+    let Disks { found, out_of_reach, .. } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
+    same_disks(&select(order, found, &out_of_reach)?, tasks)
+}
+
+fn same_disks(now: &[FoundDisk], tasks: &[DiskTask]) -> Result<(), Failure> {
+    let is =
+        |disk: &FoundDisk, task: &DiskTask| disk.name == task.disk && disk.node == task.node && disk.size == task.size;
+    let changed = tasks.iter().find(|task| !now.iter().any(|disk| is(disk, task))).map(|task| &task.disk);
+    let added = now.iter().map(|disk| &disk.name).find(|name| !tasks.iter().any(|task| task.disk == **name));
+    match changed.or(added) {
+        None => Ok(()),
+        Some(disk) => {
+            let message = format!("disk `{disk}` came, went or changed while the snapshot was prepared");
+            Err(Failure::new(reasons::VM_CHANGED, message))
         }
     }
-    Ok(())
 }
 
 fn busy(error: &freezeframe_qemu::Error) -> Failure {
     Failure::new(reasons::VM_BUSY, format!("the VM's monitor failed: {}", chain(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::drivers::DiskFacts;
+    use crate::hypervisor::VmKey;
+
+    fn found(name: &str, size: u64) -> FoundDisk {
+        let absent = || Err("not looked at".to_owned());
+        FoundDisk {
+            name: name.into(),
+            node: format!("node-{name}"),
+            size,
+            read_only: false,
+            chain_depth: 0,
+            facts: DiskFacts {
+                format: "qcow2".into(),
+                source: String::new(),
+                path: absent(),
+                device: Err(String::new()),
+                filesystem: None,
+                chain: Err(String::new()),
+                encrypted: false,
+                has_bitmaps: false,
+            },
+        }
+    }
+
+    fn task(name: &str, size: u64) -> DiskTask {
+        DiskTask {
+            disk: name.into(),
+            driver: "overlay".into(),
+            reason: String::new(),
+            parameters: std::collections::BTreeMap::new(),
+            id: "0".into(),
+            index: 0,
+            node: format!("node-{name}"),
+            format: "qcow2".into(),
+            size,
+            path: None,
+            chain: vec![],
+            vm: VmKey { namespace: "n".into(), name: "v".into() },
+            state: serde_json::Value::Null,
+            artifact: None,
+        }
+    }
+
+    #[test]
+    fn a_disk_that_comes_goes_or_grows_in_the_meantime_fails_the_snapshot() {
+        let planned = [task("a", 1), task("b", 1)];
+        assert!(same_disks(&[found("a", 1), found("b", 1)], &planned).is_ok());
+        for now in
+            [vec![found("a", 1)], vec![found("a", 1), found("b", 2)], vec![found("a", 1), found("b", 1), found("c", 1)]]
+        {
+            assert_eq!(same_disks(&now, &planned).unwrap_err().reason, reasons::VM_CHANGED);
+        }
+    }
 }

@@ -128,7 +128,7 @@ impl Sessions {
         let freeze = accept::freeze(&mut vm, &order).await?;
         flush::flush(&mut vm, &record.tasks, freeze.is_some()).await;
         still_wanted(&order, progress)?;
-        accept::unchanged(self, &vm, &record.tasks).await?;
+        accept::unchanged(self, &vm, &order, &record.tasks).await?;
         let plan = self.plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause)?;
         let measured = self.window(&mut vm, &order, &plan).await?;
         check_level(&order, &measured, &plan)?;
