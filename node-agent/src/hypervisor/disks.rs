@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::device::BlockDevice;
 use super::filesystem::Filesystem;
-use super::graph::{NodeFile, NodeFiles, node_files, working_directory};
+use super::graph::{NodeFile, NodeFiles, node_files};
 use super::image::ImageRoots;
 use super::qcow2::{Header, read_header};
 use super::{QMP_TIMEOUT, Vm};
@@ -46,8 +46,7 @@ pub struct Disks {
 /// Reads the disks of a VM.
 pub async fn disks(vm: &Vm, roots: &ImageRoots) -> Result<Disks, QemuError> {
     let graph = vm.graph().await?;
-    let cwd = working_directory(vm.qmp_identity().peer_pid);
-    let files = node_files(vm.qmp(), &graph, roots, cwd.as_deref()).await?;
+    let files = node_files(vm.qmp(), &graph, roots, vm.qmp_identity().peer_pid).await?;
     let found = graph.disks().iter().filter_map(|disk| {
         let node = graph.node(disk.top.as_deref()?)?;
         let device = || BlockDevice::of(node, &graph, vm.qmp_identity().peer_pid);

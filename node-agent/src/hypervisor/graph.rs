@@ -13,6 +13,7 @@ use freezeframe_qemu::{FdSet, Qmp, Result as QemuResult};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 
 use super::QMP_TIMEOUT;
 use super::image::{FileId, ImageDirectory, ImageError, ImageRoots};
@@ -77,17 +78,19 @@ impl NodeFiles {
     }
 }
 
-/// Reads which file each node holds.
-pub async fn node_files(
-    qmp: &Qmp,
-    graph: &BlockGraph,
-    roots: &ImageRoots,
-    qemu_directory: Option<&Path>,
-) -> QemuResult<NodeFiles> {
+/// Reads which file each node holds, of the QEMU that is process `pid` (0: not visible from here).
+///
+/// All of it is QEMU's word, and QEMU is not trusted: a file that the process doesn't have open was never given to it,
+/// and is foreign.
+pub async fn node_files(qmp: &Qmp, graph: &BlockGraph, roots: &ImageRoots, pid: i32) -> QemuResult<NodeFiles> {
     let sets = qmp.query_fdsets(QMP_TIMEOUT).await?;
+    let (directory, open) = (working_directory(pid), open_files(pid));
     let pinned = |node: &Node| pinned_file(node, &sets);
     let held: HashSet<FileId> = graph.nodes().filter_map(|node| pinned(node).and_then(|file| file.id())).collect();
-    let resolve = |node: &Node| pinned(node).unwrap_or_else(|| named_file(node, roots, qemu_directory, &held));
+    let resolve = |node: &Node| {
+        let file = pinned(node).unwrap_or_else(|| named_file(node, roots, directory.as_deref(), &held));
+        if_open(file, open.as_ref())
+    };
     Ok(NodeFiles(graph.nodes().map(|node| (node.name.clone(), resolve(node))).collect()))
 }
 
@@ -126,9 +129,25 @@ fn parse_opaque(text: &str) -> Option<NodeFile> {
     Some(NodeFile::Pinned { id, directory: parts.next()?.into() })
 }
 
+fn if_open(file: NodeFile, open: Option<&HashSet<FileId>>) -> NodeFile {
+    match (file.id(), open) {
+        (Some(id), Some(open)) if !open.contains(&id) => {
+            NodeFile::Foreign { why: "QEMU names a file that it doesn't have open".into() }
+        }
+        _ => file,
+    }
+}
+
+/// All files that a process has open; none if it isn't visible, or not ours to look at.
+fn open_files(pid: i32) -> Option<HashSet<FileId>> {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).ok().filter(|_| pid > 0)?;
+    let found = descriptors.flatten().filter_map(|descriptor| std::fs::metadata(descriptor.path()).ok());
+    Some(found.map(|found| FileId { device: found.dev(), inode: found.ino() }).collect())
+}
+
 /// Working directory of the QEMU process, against which its relative names are meant; none if it isn't visible.
 #[must_use]
-pub fn working_directory(pid: i32) -> Option<PathBuf> {
+fn working_directory(pid: i32) -> Option<PathBuf> {
     (pid > 0).then(|| std::fs::read_link(format!("/proc/{pid}/cwd")).ok()).flatten()
 }
 
@@ -235,6 +254,20 @@ mod tests {
         let id = FileId { device: 65024, inode: 12 };
         let directory = PathBuf::from("/images/a:b/c");
         assert_eq!(parse_opaque(&opaque(id, &directory)), Some(NodeFile::Pinned { id, directory }));
+    }
+
+    #[test]
+    fn a_file_that_qemu_names_but_does_not_have_open_is_foreign() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let found = file.as_file().metadata().unwrap();
+        let id = FileId { device: found.dev(), inode: found.ino() };
+        let named = NodeFile::Named { id, path: file.path().into() };
+        let ours = open_files(i32::try_from(std::process::id()).unwrap());
+        assert_eq!(if_open(named.clone(), ours.as_ref()), named);
+        drop(file);
+        let ours = open_files(i32::try_from(std::process::id()).unwrap());
+        assert!(matches!(if_open(named.clone(), ours.as_ref()), NodeFile::Foreign { .. }));
+        assert_eq!(if_open(named.clone(), open_files(0).as_ref()), named);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::prepare::header;
 use super::state::State;
 use crate::drivers::{DriverError, Env, Result, qemu};
 use crate::hypervisor::Vm;
-use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, working_directory};
+use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 
 /// The chain of the disk that holds the snapshot's file, top first, and where in it the file is.
@@ -23,8 +23,7 @@ pub struct Place<'a> {
 impl<'a> Place<'a> {
     /// Looks for the snapshot's file in all disks.
     pub async fn find(env: &Env<'_>, vm: &Vm, graph: &'a BlockGraph, state: &State) -> Result<Option<Place<'a>>> {
-        let cwd = working_directory(vm.qmp_identity().peer_pid);
-        let files = node_files(vm.qmp(), graph, env.roots, cwd.as_deref()).await;
+        let files = node_files(vm.qmp(), graph, env.roots, vm.qmp_identity().peer_pid).await;
         let files = files.map_err(qemu("read the descriptors that QEMU holds"))?;
         for disk in graph.disks() {
             let (Some(root), Some(top)) = (&disk.root, &disk.top) else { continue };
