@@ -97,6 +97,7 @@ impl Sessions {
 
     async fn begin(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
         let mut record = SessionRecord::nothing(order);
+        tracing::info!("taking the snapshot");
         match self.cut(&mut record, progress).await {
             Ok(()) if record.tasks.iter().all(|task| self.is_instant(task)) => {
                 self.complete(&mut record, progress).await
@@ -186,6 +187,9 @@ impl Sessions {
                 let status = outcome::ready(record);
                 record.status = Some(status.clone());
                 self.journal.save(record)?;
+                let measured = record.measured.as_ref();
+                let (level, hold) = (measured.map(proved), measured.and_then(|measured| measured.hold));
+                tracing::info!(?level, ?hold, disks = record.tasks.len(), "the snapshot is complete");
                 Ok(Turn::Over(Box::new(status)))
             }
             Err(failure) => self.fail(record, &failure).await,
