@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::jobs::{self, Wanted};
+use super::quantity::bytes;
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Removal, Result, SnapshotDriver, Verdict};
 use super::{qemu, qemu_img};
 use crate::hypervisor::graph::{hand_over, take_back};
@@ -22,6 +23,8 @@ use crate::hypervisor::qcow2::read_header;
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 const DIRECTORY: &str = "directory";
+/// Bytes that the copy of one disk may write in a second; without it, as fast as it goes.
+const SPEED: &str = "speed";
 /// What a fully reserved qcow2 image needs beyond its virtual size, as a divisor: one cluster of map for 8192 of data.
 const METADATA_SHARE: u64 = 1000;
 
@@ -74,7 +77,9 @@ impl SnapshotDriver for Copy {
             let why = match key.as_str() {
                 DIRECTORY if Path::new(value).is_absolute() => continue,
                 DIRECTORY => "must be an absolute path",
-                _ => "copy doesn't know this parameter; it knows `directory`",
+                SPEED if bytes(value).is_some() => continue,
+                SPEED => "must be bytes a second, such as 100Mi",
+                _ => "copy doesn't know this parameter; it knows `directory` and `speed`",
             };
             return Err(DriverError::Parameter { key: key.clone(), why: why.into() });
         }
@@ -115,10 +120,12 @@ impl SnapshotDriver for Copy {
     fn cut(&self, group: &[&DiskTask], _: &ImageRoots) -> Result<Cut> {
         let action = |task: &&DiskTask| {
             let state: State = task.state()?;
+            // QEMU takes 0 for no limit.
+            let speed = task.parameters.get(SPEED).and_then(|speed| bytes(speed)).unwrap_or(0);
             Ok(json!({
                 "type": "blockdev-backup",
                 "data": {"job-id": state.job(), "device": task.node, "target": state.node(), "sync": "full",
-                         "auto-dismiss": false},
+                         "speed": speed, "auto-dismiss": false},
             }))
         };
         Ok(Cut { actions: group.iter().map(action).collect::<Result<_>>()?, ..Cut::default() })

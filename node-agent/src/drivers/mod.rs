@@ -11,6 +11,7 @@ mod error;
 pub mod jobs;
 pub mod lvm;
 pub mod overlay;
+mod quantity;
 pub mod reflink;
 mod tool;
 mod verify;

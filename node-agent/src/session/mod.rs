@@ -27,6 +27,7 @@ pub mod window;
 mod window_error;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus};
@@ -55,6 +56,9 @@ pub struct Sessions {
     /// What takes the disks.
     pub drivers: Drivers,
 }
+
+/// How often a session that waits for a copy looks whether it is still wanted.
+const LOOK_FOR_CANCEL: Duration = Duration::from_millis(250);
 
 /// What a session asks and tells while it runs.
 pub trait Progress: Send + Sync {
@@ -201,11 +205,14 @@ impl Sessions {
         let vm =
             Vm::open(&self.vm_root, &record.order.vm).await.map_err(|error| Failure::after_cut_unreachable(&error))?;
         for at in 0..record.tasks.len() {
-            if progress.cancelled() {
-                return Err(Failure::cancelled());
-            }
             let task = &mut record.tasks[at];
-            let completed = self.driver(task)?.complete(&vm, &self.roots, task).await;
+            let driver = self.driver(task)?;
+            // A copy may take hours. What it leaves behind when it is dropped, removing finds.
+            let completed = tokio::select! {
+                biased;
+                () = cancelled(progress) => return Err(Failure::cancelled()),
+                completed = driver.complete(&vm, &self.roots, task) => completed,
+            };
             self.journal.save(record)?;
             completed.map_err(|error| Failure::after_cut(&error))?;
         }
@@ -245,6 +252,14 @@ trait IntoBoxed {
 impl IntoBoxed for Option<VMSnapshotContentStatus> {
     fn into_boxed(self) -> Box<VMSnapshotContentStatus> {
         Box::new(self.unwrap_or_default())
+    }
+}
+
+/// Resolves when the snapshot is not wanted any more.
+async fn cancelled(progress: &dyn Progress) {
+    let mut beat = tokio::time::interval(LOOK_FOR_CANCEL);
+    while !progress.cancelled() {
+        beat.tick().await;
     }
 }
 

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::drivers::quantity::{bytes, digits};
 use crate::drivers::{DriverError, Result};
 
 const SIZE: &str = "size";
 const MIN_FREE: &str = "minFreePercent";
 const DEFAULT_MIN_FREE: u8 = 10;
-const UNITS: [(&str, u64); 4] = [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30), ("Ti", 1 << 40)];
 
 /// Space that is set apart for a thick snapshot's changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,9 +27,7 @@ impl Size {
                 .filter(|percent| (1..=100).contains(percent))
                 .map(|percent| Self::Percent(u8::try_from(percent).unwrap_or(100)));
         }
-        let unit = UNITS.iter().find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, *bytes)));
-        let (number, unit) = unit.unwrap_or((text, 1));
-        digits(number)?.checked_mul(unit).filter(|bytes| *bytes > 0).map(Self::Bytes)
+        bytes(text).map(Self::Bytes)
     }
 
     /// In whole extents of a volume group.
@@ -50,11 +48,6 @@ impl Size {
             Self::Bytes(bytes) => ["--size".into(), format!("{bytes}b")],
         }
     }
-}
-
-/// Digits and nothing else: `parse` alone would take a sign.
-fn digits(text: &str) -> Option<u64> {
-    text.bytes().all(|digit| digit.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 /// The parameters, checked.
