@@ -18,6 +18,8 @@ pub mod types {
     /// From the deletion on. On a content: all that the node made for it is gone, or was left alone on purpose. On a
     /// snapshot: False, and why it isn't gone yet.
     pub const REMOVED: &str = "Removed";
+    /// On a schedule: the last snapshot of each VM that ended is good.
+    pub const PROTECTED: &str = "Protected";
     /// On a target: the guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
 }
@@ -106,6 +108,22 @@ pub mod reasons {
     pub const DELETE_FAILED: &str = "DeleteFailed";
     /// `hold: true` keeps the snapshot.
     pub const HELD: &str = "Held";
+    /// An administrator has stopped everything of the class, by its annotation.
+    pub const PAUSED: &str = "Paused";
+    /// On a schedule: it is followed.
+    pub const SCHEDULED: &str = "Scheduled";
+    /// On a schedule: `suspend: true` stops it.
+    pub const SUSPENDED: &str = "Suspended";
+    /// On a schedule: `schedule` can't be read, or never comes.
+    pub const INVALID_SCHEDULE: &str = "InvalidSchedule";
+    /// On a schedule: `timeZone` is none that is known.
+    pub const UNKNOWN_TIME_ZONE: &str = "UnknownTimeZone";
+    /// On a schedule: `selector` can't be read.
+    pub const INVALID_SELECTOR: &str = "InvalidSelector";
+    /// On a schedule: the last snapshot of a VM failed, or is below the level that it had to have.
+    pub const SNAPSHOT_FAILED: &str = "SnapshotFailed";
+    /// On a schedule: a VM has no good snapshot yet.
+    pub const NO_SNAPSHOT: &str = "NoSnapshot";
 }
 
 /// Sets one condition in `conditions`; `lastTransitionTime` moves only when `status` does.

@@ -38,3 +38,17 @@ pub const SNAPSHOT_NAME_LABEL: &str = "freezeframe.dev/snapshot-name";
 /// Label on a content that stays after its snapshot's deletion, with the value `"true"`: it lists what was kept, and is
 /// an administrator's to delete.
 pub const SNAPSHOT_DELETED_LABEL: &str = "freezeframe.dev/snapshot-deleted";
+
+/// Label on a snapshot that a schedule made: the schedule's name, cut to 63 characters.
+pub const SCHEDULE_NAME_LABEL: &str = "freezeframe.dev/schedule";
+
+/// Label on a snapshot that a schedule made: the schedule's UID. By this one, and not by its name, a schedule knows the
+/// snapshots that are its own.
+pub const SCHEDULE_UID_LABEL: &str = "freezeframe.dev/schedule-uid";
+
+/// Annotation on a snapshot that a schedule made: the time of the schedule that it was made for, in RFC 3339.
+pub const SCHEDULED_TIME_ANNOTATION: &str = "freezeframe.dev/scheduled-time";
+
+/// Annotation on a [`v1alpha1::VMSnapshotClass`] that stops everything of that class in an emergency, with the value
+/// `"true"`: no snapshot is begun, schedules take none, and retention removes none.
+pub const PAUSED_ANNOTATION: &str = "freezeframe.dev/paused";

@@ -41,7 +41,7 @@ fn apply(plane: &ControlPlane, path: &str) -> Result<()> {
 fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("freezeframe.dev", "v1alpha1", kind));
     match kind {
-        "VMSnapshot" | "VMTarget" => Api::namespaced_with(client.clone(), "shop", &resource),
+        "VMSnapshot" | "VMSnapshotSchedule" | "VMTarget" => Api::namespaced_with(client.clone(), "shop", &resource),
         _ => Api::all_with(client.clone(), &resource),
     }
 }
@@ -311,7 +311,10 @@ async fn operator_and_agent_may_do_their_own_part_alone() -> Result<()> {
         (OPERATOR, "patch", "vmsnapshots/status", true),
         (OPERATOR, "create", "vmsnapshotcontents", true),
         (OPERATOR, "patch", "vmsnapshotcontents/status", false),
-        (OPERATOR, "delete", "vmsnapshots", false),
+        (OPERATOR, "delete", "vmsnapshots", true),
+        (OPERATOR, "patch", "vmsnapshotschedules/status", true),
+        (OPERATOR, "patch", "vmsnapshotschedules", false),
+        (OPERATOR, "delete", "vmsnapshotschedules", false),
         (OPERATOR, "patch", "vmtargets/status", false),
         (AGENT, "patch", "vmsnapshotcontents/status", true),
         (AGENT, "patch", "vmsnapshotcontents", false),

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget};
 use futures::{Stream, TryStreamExt as _};
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::store::Writer;
@@ -28,7 +28,9 @@ pub struct Caches {
     pub targets: Store<Guarded<VMTarget>>,
     /// All classes.
     pub classes: Store<Guarded<VMSnapshotClass>>,
-    filled: [CancellationToken; 4],
+    /// The schedules of all namespaces.
+    pub schedules: Store<Guarded<VMSnapshotSchedule>>,
+    filled: [CancellationToken; 5],
 }
 
 /// Where the watches put what they see.
@@ -41,6 +43,8 @@ pub struct Sources {
     pub targets: Source<VMTarget>,
     /// Fills [`Caches::classes`].
     pub classes: Source<VMSnapshotClass>,
+    /// Fills [`Caches::schedules`].
+    pub schedules: Source<VMSnapshotSchedule>,
 }
 
 /// Fills the cache of one kind.
@@ -60,19 +64,22 @@ impl Caches {
         let (contents, content_source) = cache();
         let (targets, target_source) = cache();
         let (classes, class_source) = cache();
+        let (schedules, schedule_source) = cache();
         let filled = [
             snapshot_source.filled.clone(),
             content_source.filled.clone(),
             target_source.filled.clone(),
             class_source.filled.clone(),
+            schedule_source.filled.clone(),
         ];
         let sources = Sources {
             snapshots: snapshot_source,
             contents: content_source,
             targets: target_source,
             classes: class_source,
+            schedules: schedule_source,
         };
-        (Self { snapshots, contents, targets, classes, filled }, sources)
+        (Self { snapshots, contents, targets, classes, schedules, filled }, sources)
     }
 
     /// Returns when each cache has been filled once: before that, absence from one means nothing.

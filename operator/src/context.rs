@@ -7,6 +7,7 @@ use kube::Client;
 use kube::runtime::events::{Recorder, Reporter};
 
 use crate::caches::Caches;
+use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::retries::Retries;
 use crate::written::Written;
@@ -26,6 +27,8 @@ pub struct Context {
     pub retries: Arc<Retries>,
     /// Own writes that the caches don't show yet.
     pub written: Arc<Written>,
+    /// The time of day.
+    pub clock: Clock,
 }
 
 impl Context {
@@ -40,6 +43,7 @@ impl Context {
             metrics,
             retries: Arc::default(),
             written: Arc::default(),
+            clock: Clock::default(),
         }
     }
 }

@@ -6,21 +6,21 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMTarget};
+use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotSchedule, VMTarget};
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use kube::runtime::controller::{Action, Config, Controller, Error as ControllerError};
-use kube::runtime::reflector::ObjectRef;
+use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info_span, warn};
 
-use crate::caches::{Caches, Guarded, Source, Sources};
+use crate::caches::{Caches, Guarded, Sources};
 use crate::context::Context;
 use crate::error::Error;
 use crate::wakes::{self, Ref};
-use crate::{content, vmsnapshot};
+use crate::{content, schedule, vmsnapshot};
 
 /// Objects of one kind that are worked on at a time: each waits for the server most of the time.
 const CONCURRENCY: u16 = 16;
@@ -37,6 +37,11 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
     let contents = contents.inspect_ok(move |content| wake(&of_content, wakes::by_content(content)));
     let snapshots = sources.snapshots.watch(ctx.client.clone());
     let snapshots = snapshots.inspect_ok(move |snapshot| wake(&of_snapshot, wakes::by_snapshot(&cache, snapshot)));
+    let schedules = sources.schedules.watch(ctx.client.clone());
+    let (due, of_schedules) = Schedules::new(&ctx);
+    let snapshots = due.wake_on(snapshots, schedule::wakes::by_snapshot);
+    let targets = due.wake_on(sources.targets.watch(ctx.client.clone()), schedule::wakes::by_target);
+    let classes = due.wake_on(sources.classes.watch(ctx.client.clone()), schedule::wakes::by_class);
     let of_contents = Controller::for_stream(contents, ctx.caches.contents.clone())
         .with_config(Config::default().concurrency(CONCURRENCY))
         .graceful_shutdown_on(stop.clone().cancelled_owned())
@@ -45,7 +50,16 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
             |object, error, ctx| error_policy(content::CONTROLLER, &*object, error, &ctx),
             ctx.clone(),
         );
-    let of_snapshots = snapshot_controller(&ctx, snapshots, woken, sources.targets, sources.classes)
+    let of_schedules = Controller::for_stream(schedules, ctx.caches.schedules.clone())
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .reconcile_on(of_schedules)
+        .graceful_shutdown_on(stop.clone().cancelled_owned())
+        .run(
+            |object, ctx| measured(schedule::CONTROLLER, schedule::reconcile, object, ctx),
+            |object, error, ctx| error_policy(schedule::CONTROLLER, &*object, error, &ctx),
+            ctx.clone(),
+        );
+    let of_snapshots = snapshot_controller(&ctx, snapshots, woken, targets, classes)
         .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(
             |object, ctx| measured(vmsnapshot::CONTROLLER, vmsnapshot::reconcile, object, ctx),
@@ -53,7 +67,11 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
             ctx.clone(),
         );
     tokio::select! {
-        _ = async { futures::join!(of_contents.for_each(report), of_snapshots.for_each(report)) } => {}
+        _ = async { futures::join!(
+            of_contents.for_each(report),
+            of_snapshots.for_each(report),
+            of_schedules.for_each(report)
+        ) } => {}
         () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => warn!("reconciles were cut off"),
     }
 }
@@ -62,23 +80,45 @@ fn snapshot_controller(
     ctx: &Context,
     snapshots: impl Stream<Item = watcher::Result<Guarded<VMSnapshot>>> + Send + 'static,
     woken: UnboundedReceiver<Ref>,
-    targets: Source<VMTarget>,
-    classes: Source<VMSnapshotClass>,
+    targets: impl Stream<Item = watcher::Result<Guarded<VMTarget>>> + Send + 'static,
+    classes: impl Stream<Item = watcher::Result<Guarded<VMSnapshotClass>>> + Send + 'static,
 ) -> Controller<Guarded<VMSnapshot>> {
     let Caches { snapshots: cache, .. } = ctx.caches.clone();
     let (by_target, by_class) = (cache.clone(), cache.clone());
     Controller::for_stream(snapshots, cache)
         .with_config(Config::default().concurrency(CONCURRENCY))
         .reconcile_on(woken)
-        .watches_stream(targets.watch(ctx.client.clone()), move |target| wakes::by_target(&by_target, &target))
-        .watches_stream(classes.watch(ctx.client.clone()), move |class| wakes::by_class(&by_class, &class))
+        .watches_stream(targets, move |target| wakes::by_target(&by_target, &target))
+        .watches_stream(classes, move |class| wakes::by_class(&by_class, &class))
 }
 
-fn wake(wakes: &UnboundedSender<Ref>, snapshots: impl IntoIterator<Item = Ref>) {
-    for snapshot in snapshots {
+/// Wakes schedules by the watches of other kinds.
+struct Schedules {
+    cache: Store<Guarded<VMSnapshotSchedule>>,
+    due: UnboundedSender<schedule::wakes::Ref>,
+}
+
+impl Schedules {
+    fn new(ctx: &Context) -> (Self, UnboundedReceiver<schedule::wakes::Ref>) {
+        let (due, woken) = unbounded();
+        (Self { cache: ctx.caches.schedules.clone(), due }, woken)
+    }
+
+    fn wake_on<K: 'static>(
+        &self,
+        watch: impl Stream<Item = watcher::Result<K>> + Send + 'static,
+        whom: fn(&Store<Guarded<VMSnapshotSchedule>>, &K) -> Vec<schedule::wakes::Ref>,
+    ) -> impl Stream<Item = watcher::Result<K>> + Send + 'static {
+        let (cache, due) = (self.cache.clone(), self.due.clone());
+        watch.inspect_ok(move |object| wake(&due, whom(&cache, object)))
+    }
+}
+
+fn wake<T>(wakes: &UnboundedSender<T>, objects: impl IntoIterator<Item = T>) {
+    for object in objects {
         // The receiver is gone when the controller is; then there is nobody to wake.
-        if wakes.unbounded_send(snapshot).is_err() {
-            warn!("the controller of snapshots has ended");
+        if wakes.unbounded_send(object).is_err() {
+            warn!("the controller that was to be woken has ended");
         }
     }
 }

@@ -1,7 +1,9 @@
-//! Kubernetes events: one when a snapshot is ready, one for each failure.
+//! Kubernetes events: one when a snapshot is ready, one for each failure, and what a schedule can't do.
 
 use freezeframe_api::conditions::{find, reasons, types};
-use freezeframe_api::v1alpha1::{Phase, VMSnapshot, VMSnapshotStatus};
+use freezeframe_api::v1alpha1::{
+    Phase, ScheduledVM, VMSnapshot, VMSnapshotSchedule, VMSnapshotScheduleStatus, VMSnapshotStatus,
+};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType};
 use tracing::warn;
@@ -34,6 +36,30 @@ fn noteworthy(status: &VMSnapshotStatus) -> Option<(EventType, &'static str, Str
         }
         Phase::Pending | Phase::Preparing | Phase::Cutting | Phase::Completing => None,
     }
+}
+
+/// The events that the change of a schedule's status deserves: a warning when it can't be followed, and one for each VM
+/// that has something new in its way. Pure.
+#[must_use]
+pub fn of_schedule(schedule: &VMSnapshotSchedule, new: &VMSnapshotScheduleStatus) -> Vec<Event> {
+    let old = schedule.status.clone().unwrap_or_default();
+    let warning = |action: &str, reason: &str, note: &str| Event {
+        type_: EventType::Warning,
+        action: action.to_owned(),
+        reason: reason.to_owned(),
+        note: Some(note.to_owned()),
+        secondary: None,
+    };
+    let stalled = |status: &VMSnapshotScheduleStatus| find(&status.conditions, types::STALLED).cloned();
+    let news = stalled(new).filter(|told| stalled(&old).is_none_or(|old| old.message != told.message));
+    let mut events: Vec<Event> = news.iter().map(|told| warning("Schedule", &told.reason, &told.message)).collect();
+    for ScheduledVM { name, message, .. } in &new.vms {
+        let told = old.vms.iter().find(|vm| vm.name == *name).and_then(|vm| vm.message.as_ref());
+        if let Some(message) = message.as_ref().filter(|message| told != Some(message)) {
+            events.push(warning(name, "NotTaken", message));
+        }
+    }
+    events
 }
 
 /// Publishes an event. One that is lost is no reason to fail: the status says the same.

@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod caches;
+pub mod clock;
 pub mod content;
 pub mod context;
 pub mod controllers;
@@ -14,6 +15,7 @@ pub mod leader;
 pub mod metrics;
 mod retention;
 pub mod retries;
+pub mod schedule;
 pub mod vmsnapshot;
 mod wakes;
 pub mod written;

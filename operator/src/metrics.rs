@@ -1,4 +1,5 @@
-//! Metrics of the operator. Labels are bounded: no names of objects.
+//! Metrics of the operator. Labels are bounded: no names of objects, but for the gauges of `schedule::gauges`, which tell
+//! of what there is.
 
 use std::fmt;
 use std::time::Duration;

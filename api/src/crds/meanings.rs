@@ -8,8 +8,8 @@ use schemars::SchemaGenerator;
 use serde_json::Value;
 
 use crate::v1alpha1::{
-    VMSnapshotClassSpec, VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotSpec, VMSnapshotStatus,
-    VMTargetStatus,
+    VMSnapshotClassSpec, VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotScheduleSpec, VMSnapshotSpec,
+    VMSnapshotStatus, VMTargetStatus,
 };
 
 /// For each enumeration of the API, known by its values, one line a value.
@@ -23,6 +23,7 @@ impl Meanings {
         generator.subschema_for::<VMTargetStatus>();
         generator.subschema_for::<VMSnapshotSpec>();
         generator.subschema_for::<VMSnapshotStatus>();
+        generator.subschema_for::<VMSnapshotScheduleSpec>();
         generator.subschema_for::<VMSnapshotClassSpec>();
         generator.subschema_for::<VMSnapshotContentSpec>();
         generator.subschema_for::<VMSnapshotContentStatus>();

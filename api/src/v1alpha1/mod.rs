@@ -4,18 +4,27 @@
 mod consistency;
 mod disks;
 mod quiesce;
+mod retention;
+mod template;
 mod vmsnapshot;
 mod vmsnapshotclass;
 mod vmsnapshotcontent;
+mod vmsnapshotschedule;
 mod vmtarget;
 
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
 pub use quiesce::{Pause, Quiesce};
+pub use retention::{Keep, KeptSnapshot, RetentionPlan};
+pub use template::{SnapshotTemplate, TargetSelector};
 pub use vmsnapshot::{DeletionPolicy, Phase, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus};
 pub use vmsnapshotclass::{ClassDriver, VMSnapshotClass, VMSnapshotClassSpec};
 pub use vmsnapshotcontent::{
     ContentPhase, SnapshotRef, VMSnapshotContent, VMSnapshotContentSpec, VMSnapshotContentStatus,
+};
+pub use vmsnapshotschedule::{
+    ConcurrencyPolicy, ScheduleDeletionPolicy, ScheduledVM, VMSnapshotSchedule, VMSnapshotScheduleSpec,
+    VMSnapshotScheduleStatus,
 };
 pub use vmtarget::{
     AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTarget, VMTargetSpec, VMTargetStatus,

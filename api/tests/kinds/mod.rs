@@ -1,6 +1,6 @@
 //! From any object of the API to its type.
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Error, Value};
@@ -10,6 +10,7 @@ pub fn round_trip(object: &Value) -> Result<Value, Error> {
     match object["kind"].as_str() {
         Some("VMTarget") => through::<VMTarget>(object),
         Some("VMSnapshot") => through::<VMSnapshot>(object),
+        Some("VMSnapshotSchedule") => through::<VMSnapshotSchedule>(object),
         Some("VMSnapshotClass") => through::<VMSnapshotClass>(object),
         Some("VMSnapshotContent") => through::<VMSnapshotContent>(object),
         other => panic!("no type for kind {other:?}"),

@@ -2,7 +2,6 @@
 
 use freezeframe_api::v1alpha1::{DeletionPolicy, VMSnapshot, VMSnapshotContent, VMSnapshotStatus};
 use freezeframe_api::{OPERATOR_MANAGER, SNAPSHOT_FINALIZER};
-use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
@@ -108,7 +107,7 @@ impl Writer<'_> {
 
     async fn announce(&self, status: &VMSnapshotStatus) {
         info!(phase = ?status.phase, says = status.message, "wrote the status");
-        self.ctx.metrics.count_outcome(self.snapshot, status, Timestamp::now());
+        self.ctx.metrics.count_outcome(self.snapshot, status, self.ctx.clock.now());
         if let Some(event) = events::of_change(self.snapshot, status) {
             events::publish(self.ctx, event, &self.snapshot.object_ref(&())).await;
         }

@@ -22,7 +22,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::VMSnapshot;
-use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 
 pub use queue::{is_settled, keeps_nobody_waiting, same_vm};
@@ -51,7 +50,7 @@ pub async fn reconcile(snapshot: Arc<Guarded<VMSnapshot>>, ctx: Arc<Context>) ->
         return Ok(Action::requeue(CACHE_LAG));
     }
     ctx.caches.filled().await;
-    let now = Timestamp::now();
+    let now = ctx.clock.now();
     let plan = if snapshot.metadata.deletion_timestamp.is_some() {
         let content = observe::content(&snapshot, &ctx, now).await?;
         cleanup::plan(&snapshot, &content, now)

@@ -1,7 +1,10 @@
 //! What keeps a snapshot from being started. Pure.
 
+use freezeframe_api::PAUSED_ANNOTATION;
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RunState, VMSnapshotClass, VMTargetStatus};
+
+use kube::ResourceExt as _;
 
 use super::observe::{ClassState, Observed};
 
@@ -37,6 +40,9 @@ pub fn ready_to_start(observed: &Observed) -> Result<(&VMSnapshotClass, &VMTarge
 
 fn class_of(class: &ClassState) -> Result<&VMSnapshotClass, Obstacle> {
     let (reason, message) = match class {
+        ClassState::Found(class) if is_paused(class) => {
+            (reasons::PAUSED, format!("Everything of VMSnapshotClass {} is paused.", class.name_any()))
+        }
         ClassState::Found(class) => return Ok(class),
         ClassState::NotFound(name) => (reasons::CLASS_NOT_FOUND, format!("There is no VMSnapshotClass {name}.")),
         ClassState::NoDefault(0) => {
@@ -48,6 +54,10 @@ fn class_of(class: &ClassState) -> Result<&VMSnapshotClass, Obstacle> {
         ),
     };
     Err(Obstacle::missing(reason, message))
+}
+
+fn is_paused(class: &VMSnapshotClass) -> bool {
+    class.annotations().get(PAUSED_ANNOTATION).is_some_and(|value| value == "true")
 }
 
 fn running_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {

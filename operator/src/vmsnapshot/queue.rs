@@ -58,11 +58,11 @@ fn waits_in_line(entry: &Entry<'_>) -> bool {
     entry.content.is_none() && !keeps_nobody_waiting(entry.snapshot)
 }
 
-/// One without a class can't start, and would block its followers until its deadline.
+/// One without a class, or with one that is paused, can't start, and would block its followers until its deadline.
 fn lacks_class(snapshot: &VMSnapshot) -> bool {
     let accepted = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::ACCEPTED));
     accepted.is_some_and(|condition| {
-        [reasons::CLASS_NOT_FOUND, reasons::NO_DEFAULT_CLASS].contains(&condition.reason.as_str())
+        [reasons::CLASS_NOT_FOUND, reasons::NO_DEFAULT_CLASS, reasons::PAUSED].contains(&condition.reason.as_str())
     })
 }
 

@@ -1,0 +1,89 @@
+//! Removes the snapshots that no rule keeps. What a cache says is never reason enough: it may be minutes old.
+//!
+//! Schedule, snapshots and restores are read anew from the server, by quorum; the decision is made again on that; what was
+//! decided both times is deleted, and only in the version that was just read.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotSchedule};
+use freezeframe_api::{GROUP, SCHEDULE_UID_LABEL};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams};
+use kube::runtime::events::{Event, EventType};
+use kube::{Api, Resource as _, ResourceExt as _};
+use tracing::warn;
+
+use super::observe::Observed;
+use super::plan::{judgements, removed};
+use super::timing::Timing;
+use super::{apply, made, observe};
+use crate::context::Context;
+use crate::error::{Error, bounded, unless_gone};
+use crate::events;
+
+/// Removes those of `names` that the server too has nothing to say for.
+pub async fn prune(ctx: &Context, planned: &VMSnapshotSchedule, names: &BTreeSet<String>) -> Result<(), Error> {
+    let namespace = planned.namespace().unwrap_or_default();
+    let schedules = Api::<VMSnapshotSchedule>::namespaced(ctx.client.clone(), &namespace);
+    let found = unless_gone(bounded("reading the schedule anew", schedules.get(&planned.name_any())).await)?;
+    let Some(schedule) = found.filter(|found| is_as_planned(planned, found)) else {
+        warn!("the schedule has changed: nothing is removed");
+        return Ok(());
+    };
+    let Ok(timing) = Timing::new(&schedule.spec) else { return Ok(()) }; // It is the spec that was planned by.
+    // No resource version is asked for, which means the latest state; a cache of the server's may not answer.
+    let selector =
+        ListParams::default().labels(&format!("{SCHEDULE_UID_LABEL}={}", schedule.uid().unwrap_or_default()));
+    let snapshots = Api::<VMSnapshot>::namespaced(ctx.client.clone(), &namespace);
+    let listed = bounded("listing the schedule's snapshots", snapshots.list(&selector)).await?;
+    let observed = Observed {
+        restored: restored(ctx, &namespace).await?, // After the list, so that it knows all restores of what is in it.
+        classes: observe::classes(&ctx.caches),
+        vms: Ok(vec![]),
+        snapshots: listed.items.into_iter().filter(|snapshot| made::is_of(&schedule, snapshot)).collect(),
+        schedule: Arc::new(schedule),
+    };
+    let now = ctx.clock.now();
+    let judged = judgements(&observed, &timing, now, now);
+    let going: BTreeSet<&String> = judged.values().flat_map(|(today, _)| removed(today)).collect();
+    for snapshot in &observed.snapshots {
+        let name = snapshot.name_any();
+        if going.contains(&name) && names.contains(&name) {
+            apply::delete(ctx, snapshot).await?;
+            events::publish(ctx, expired(&observed.schedule), &snapshot.object_ref(&())).await;
+        }
+    }
+    Ok(())
+}
+
+fn is_as_planned(planned: &VMSnapshotSchedule, found: &VMSnapshotSchedule) -> bool {
+    found.uid() == planned.uid()
+        && found.metadata.generation == planned.metadata.generation
+        && found.metadata.deletion_timestamp.is_none()
+}
+
+fn expired(schedule: &VMSnapshotSchedule) -> Event {
+    Event {
+        type_: EventType::Normal,
+        action: "Delete".to_owned(),
+        reason: "Expired".to_owned(),
+        note: Some(format!("No rule of VMSnapshotSchedule {} keeps the snapshot.", schedule.name_any())),
+        secondary: Some(schedule.object_ref(&())),
+    }
+}
+
+/// Names of the snapshots that a restore which has not come to its end needs. Read from the server each time. A cluster
+/// that doesn't know the kind has no restores.
+pub async fn restored(ctx: &Context, namespace: &str) -> Result<BTreeSet<String>, Error> {
+    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(GROUP, "v1alpha1", "VMRestore"));
+    let api = Api::<DynamicObject>::namespaced_with(ctx.client.clone(), namespace, &kind);
+    let restores = match bounded("listing restores", api.list(&ListParams::default())).await {
+        Ok(restores) => restores.items,
+        Err(Error::Api { source: kube::Error::Api(status), .. }) if status.code == 404 => vec![],
+        Err(error) => return Err(error),
+    };
+    let unfinished =
+        |restore: &&DynamicObject| !matches!(restore.data["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
+    let needed = |restore: &DynamicObject| restore.data["spec"]["snapshotName"].as_str().map(str::to_owned);
+    Ok(restores.iter().filter(unfinished).filter_map(needed).collect())
+}
