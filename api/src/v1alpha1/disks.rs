@@ -27,7 +27,7 @@ pub struct DiskSelection {
 /// How far one disk's snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum DiskSnapshotState {
-    /// Cut, but its data is still being copied.
+    /// Cut, but its data is still being copied or checked.
     Copying,
     /// Complete and verified.
     Ready,

@@ -4,6 +4,7 @@
 mod consistency;
 mod disks;
 mod quiesce;
+mod verify;
 mod vmsnapshot;
 mod vmsnapshotclass;
 mod vmsnapshotcontent;
@@ -12,6 +13,7 @@ mod vmtarget;
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
 pub use quiesce::{Pause, Quiesce};
+pub use verify::Verify;
 pub use vmsnapshot::{DeletionPolicy, Phase, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus};
 pub use vmsnapshotclass::{ClassDriver, VMSnapshotClass, VMSnapshotClassSpec};
 pub use vmsnapshotcontent::{

@@ -14,7 +14,7 @@ pub mod overlay;
 mod quantity;
 pub mod reflink;
 mod tool;
-mod verify;
+pub(crate) mod verify;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

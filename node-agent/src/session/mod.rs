@@ -30,12 +30,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use freezeframe_api::conditions::reasons;
-use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus};
+use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus, Verify};
 use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::crash;
-use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
+use crate::drivers::{Cut, DiskTask, DriverError, Drivers, SnapshotDriver, verify};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 use journal::{Journal, JournalError, SessionRecord, Stage};
@@ -80,8 +80,10 @@ impl Sessions {
         self.drivers.find(&task.driver).map(AsRef::as_ref).ok_or_else(unknown)
     }
 
-    fn is_instant(&self, task: &DiskTask) -> bool {
-        self.drivers.find(&task.driver).is_some_and(|driver| driver.is_instant())
+    /// Whether the snapshot is complete a moment after the cut, so that there is nothing to report in between.
+    fn is_instant(&self, record: &SessionRecord) -> bool {
+        let is_instant = |task: &DiskTask| self.drivers.find(&task.driver).is_some_and(|driver| driver.is_instant());
+        record.order.verify != Verify::Full && record.tasks.iter().all(is_instant)
     }
 
     /// Takes a snapshot, or goes on with one that was interrupted, until there is something to report.
@@ -103,9 +105,7 @@ impl Sessions {
         let mut record = SessionRecord::nothing(order);
         tracing::info!("taking the snapshot");
         match self.cut(&mut record, progress).await {
-            Ok(()) if record.tasks.iter().all(|task| self.is_instant(task)) => {
-                self.complete(&mut record, progress).await
-            }
+            Ok(()) if self.is_instant(&record) => self.complete(&mut record, progress).await,
             Ok(()) => Ok(Turn::Report(Box::new(outcome::cut(&record)))),
             Err(failure) => self.fail(&mut record, &failure).await,
         }
@@ -204,6 +204,7 @@ impl Sessions {
         // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
         let vm =
             Vm::open(&self.vm_root, &record.order.vm).await.map_err(|error| Failure::after_cut_unreachable(&error))?;
+        let verify = record.order.verify;
         for at in 0..record.tasks.len() {
             let task = &mut record.tasks[at];
             let driver = self.driver(task)?;
@@ -211,7 +212,7 @@ impl Sessions {
             let completed = tokio::select! {
                 biased;
                 () = cancelled(progress) => return Err(Failure::cancelled()),
-                completed = driver.complete(&vm, &self.roots, task) => completed,
+                completed = complete_and_verify(driver, &vm, self, verify, task) => completed,
             };
             self.journal.save(record)?;
             completed.map_err(|error| Failure::after_cut(&error))?;
@@ -242,6 +243,17 @@ impl Sessions {
             }
         }
     }
+}
+
+async fn complete_and_verify(
+    driver: &dyn SnapshotDriver,
+    vm: &Vm,
+    sessions: &Sessions,
+    level: Verify,
+    task: &mut DiskTask,
+) -> Result<(), DriverError> {
+    driver.complete(vm, &sessions.roots, task).await?;
+    verify::artifact(level, &sessions.roots, task).await
 }
 
 /// An empty status stands for a record that has none: it is never reported as anything good.

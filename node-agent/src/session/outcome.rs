@@ -133,7 +133,7 @@ pub fn cut(record: &SessionRecord) -> VMSnapshotContentStatus {
         &[
             (types::ACCEPTED, true, reasons::ACCEPTED, String::new()),
             quiesced(record),
-            (types::READY, false, reasons::IN_PROGRESS, "data is being copied".into()),
+            (types::READY, false, reasons::IN_PROGRESS, "data is being copied or checked".into()),
         ],
     );
     status

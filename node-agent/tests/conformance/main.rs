@@ -32,4 +32,5 @@ mod shapes;
 mod snapshots;
 mod steps;
 mod storage;
+mod verify;
 mod world;
