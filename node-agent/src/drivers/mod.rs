@@ -304,6 +304,11 @@ pub trait SnapshotDriver: Send + Sync {
         Ok(())
     }
 
+    /// How far the data is that is copied in the background, in percent; none where nothing is.
+    async fn progress(&self, _vm: &Vm, _task: &DiskTask) -> Result<Option<u8>> {
+        Ok(None)
+    }
+
     /// Whether the data is complete as soon as `complete` has been called, with nothing copied in the background.
     fn is_instant(&self) -> bool {
         true

@@ -17,6 +17,7 @@
 //! taken back ([`removal`]); after it, completing is simply called again.
 
 mod accept;
+mod complete;
 mod flush;
 mod host_cuts;
 pub mod journal;
@@ -27,15 +28,15 @@ pub mod window;
 mod window_error;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
+use async_trait::async_trait;
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus, Verify};
 use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::crash;
-use crate::drivers::{Cut, DiskTask, DriverError, Drivers, SnapshotDriver, verify};
+use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 use journal::{Journal, JournalError, SessionRecord, Stage};
@@ -57,13 +58,14 @@ pub struct Sessions {
     pub drivers: Drivers,
 }
 
-/// How often a session that waits for a copy looks whether it is still wanted.
-const LOOK_FOR_CANCEL: Duration = Duration::from_millis(250);
-
 /// What a session asks and tells while it runs.
+#[async_trait]
 pub trait Progress: Send + Sync {
     /// Whether the snapshot was deleted in the meantime.
     fn cancelled(&self) -> bool;
+
+    /// Tells how far the copies are. Nobody need listen: the next one says more.
+    async fn tell(&self, _status: VMSnapshotContentStatus) {}
 }
 
 /// Whether a session is over, or has reached a point that should be reported before it goes on.
@@ -200,26 +202,6 @@ impl Sessions {
         }
     }
 
-    async fn complete_tasks(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<(), Failure> {
-        // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
-        let vm =
-            Vm::open(&self.vm_root, &record.order.vm).await.map_err(|error| Failure::after_cut_unreachable(&error))?;
-        let verify = record.order.verify;
-        for at in 0..record.tasks.len() {
-            let task = &mut record.tasks[at];
-            let driver = self.driver(task)?;
-            // A copy may take hours. What it leaves behind when it is dropped, removing finds.
-            let completed = tokio::select! {
-                biased;
-                () = cancelled(progress) => return Err(Failure::cancelled()),
-                completed = complete_and_verify(driver, &vm, self, verify, task) => completed,
-            };
-            self.journal.save(record)?;
-            completed.map_err(|error| Failure::after_cut(&error))?;
-        }
-        Ok(())
-    }
-
     async fn fail(&self, record: &mut SessionRecord, failure: &Failure) -> Result<Turn, JournalError> {
         tracing::warn!(reason = failure.reason, message = failure.message, "the snapshot failed");
         record.stage = Stage::Failed;
@@ -245,17 +227,6 @@ impl Sessions {
     }
 }
 
-async fn complete_and_verify(
-    driver: &dyn SnapshotDriver,
-    vm: &Vm,
-    sessions: &Sessions,
-    level: Verify,
-    task: &mut DiskTask,
-) -> Result<(), DriverError> {
-    driver.complete(vm, &sessions.roots, task).await?;
-    verify::artifact(level, &sessions.roots, task).await
-}
-
 /// An empty status stands for a record that has none: it is never reported as anything good.
 trait IntoBoxed {
     fn into_boxed(self) -> Box<VMSnapshotContentStatus>;
@@ -264,14 +235,6 @@ trait IntoBoxed {
 impl IntoBoxed for Option<VMSnapshotContentStatus> {
     fn into_boxed(self) -> Box<VMSnapshotContentStatus> {
         Box::new(self.unwrap_or_default())
-    }
-}
-
-/// Resolves when the snapshot is not wanted any more.
-async fn cancelled(progress: &dyn Progress) {
-    let mut beat = tokio::time::interval(LOOK_FOR_CANCEL);
-    while !progress.cancelled() {
-        beat.tick().await;
     }
 }
 

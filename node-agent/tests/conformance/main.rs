@@ -25,6 +25,7 @@
 mod cases;
 mod chains;
 mod content;
+mod copies;
 mod instant;
 mod loopcopy;
 mod machine;
