@@ -21,6 +21,7 @@ mod complete;
 mod flush;
 mod host_cuts;
 pub mod journal;
+mod measured;
 pub mod order;
 pub mod outcome;
 mod removal;
