@@ -75,7 +75,7 @@ impl SnapshotDriver for Copy {
 
     fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict {
         if Parameters::parse(parameters).is_ok_and(|parameters| parameters.directory.is_none()) {
-            return Verdict::Unusable("the class doesn't say where copies go (parameter `directory`)".into());
+            return Verdict::Unusable("needs a class that says where copies go (parameter `directory`)".into());
         }
         if disk.encrypted {
             return Verdict::Unusable("the image is encrypted, and a copy would not be".into());
