@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent};
+use async_trait::async_trait;
+use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent, VMSnapshotContentStatus};
 use futures::channel::mpsc;
 use futures::{SinkExt, StreamExt};
 use kube::api::ListParams;
@@ -115,7 +116,7 @@ async fn serve(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> R
         return Ok(Action::await_change());
     }
     let _turn = shared.context.locks.turn(&order.vm).await;
-    let asked = Asked { store: &shared.store, content };
+    let asked = Asked { shared, content };
     loop {
         match shared.context.sessions.advance(order, &asked).await? {
             Turn::Over(status) => {
@@ -160,11 +161,8 @@ async fn delete(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> 
     Ok(Action::requeue(TRY_AGAIN))
 }
 
-fn same_but_for_times(
-    a: &freezeframe_api::v1alpha1::VMSnapshotContentStatus,
-    b: &freezeframe_api::v1alpha1::VMSnapshotContentStatus,
-) -> bool {
-    let timeless = |status: &freezeframe_api::v1alpha1::VMSnapshotContentStatus| {
+fn same_but_for_times(a: &VMSnapshotContentStatus, b: &VMSnapshotContentStatus) -> bool {
+    let timeless = |status: &VMSnapshotContentStatus| {
         let mut status = status.clone();
         for condition in &mut status.conditions {
             condition.last_transition_time.0 = k8s_openapi::jiff::Timestamp::UNIX_EPOCH;
@@ -174,16 +172,23 @@ fn same_but_for_times(
     timeless(a) == timeless(b)
 }
 
-/// Asks the watch's store whether the snapshot is still wanted.
+/// Asks the watch's store whether the snapshot is still wanted, and tells the API how far it is.
 struct Asked<'a> {
-    store: &'a Store<VMSnapshotContent>,
+    shared: &'a Shared,
     content: &'a VMSnapshotContent,
 }
 
+#[async_trait]
 impl Progress for Asked<'_> {
     fn cancelled(&self) -> bool {
-        let now = self.store.get(&ObjectRef::from_obj(self.content));
+        let now = self.shared.store.get(&ObjectRef::from_obj(self.content));
         now.is_none_or(|now| now.uid() != self.content.uid() || now.metadata.deletion_timestamp.is_some())
+    }
+
+    async fn tell(&self, status: VMSnapshotContentStatus) {
+        if let Err(error) = report(&self.shared.context.client, self.content, &status).await {
+            tracing::debug!(error = crate::session::outcome::chain(&error), "nobody is told how far the copies are");
+        }
     }
 }
 

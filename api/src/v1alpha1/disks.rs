@@ -27,7 +27,7 @@ pub struct DiskSelection {
 /// How far one disk's snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum DiskSnapshotState {
-    /// Cut, but its data is still being copied.
+    /// Cut, but its data is still being copied or checked.
     Copying,
     /// Complete and verified.
     Ready,
@@ -63,6 +63,10 @@ pub struct DiskSnapshot {
     /// Progress of a copy, in percent. Absent where nothing is copied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress_percent: Option<i32>,
+    /// How much later than the first cut of the snapshot this disk's was done, in microseconds; 0 for the first. All disks
+    /// that QEMU's transaction cuts have the same. Absent before the cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skew_micros: Option<i64>,
     /// What went wrong with this disk, or what to know about it. Absent when there is nothing to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,

@@ -6,6 +6,7 @@ mod disks;
 mod quiesce;
 mod retention;
 mod template;
+mod verify;
 mod vmsnapshot;
 mod vmsnapshotclass;
 mod vmsnapshotcontent;
@@ -17,6 +18,7 @@ pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
 pub use quiesce::{Pause, Quiesce};
 pub use retention::{Keep, KeptSnapshot, RetentionPlan};
 pub use template::{SnapshotTemplate, TargetSelector};
+pub use verify::Verify;
 pub use vmsnapshot::{DeletionPolicy, Phase, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus};
 pub use vmsnapshotclass::{ClassDriver, VMSnapshotClass, VMSnapshotClassSpec};
 pub use vmsnapshotcontent::{

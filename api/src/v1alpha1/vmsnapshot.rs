@@ -31,7 +31,7 @@ pub enum Phase {
     Preparing,
     /// The window is open.
     Cutting,
-    /// The cut is done; data is still being copied.
+    /// The cut is done; data is still being copied or checked.
     Completing,
     /// The data is complete and verified.
     Ready,

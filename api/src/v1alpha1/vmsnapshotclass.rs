@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::DeletionPolicy;
+use super::{DeletionPolicy, Verify};
 use crate::names::DriverName;
 
 /// One driver that a class allows.
@@ -48,4 +48,7 @@ pub struct VMSnapshotClassSpec {
     /// absent.
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
+    /// How thoroughly the data is checked before a snapshot is ready. Set by the administrator; `Quick` when absent.
+    #[serde(default)]
+    pub verify: Verify,
 }

@@ -5,7 +5,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Quiesce};
+use super::{
+    ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Quiesce, Verify,
+};
 use crate::names::NodeName;
 
 /// The snapshot that a content belongs to.
@@ -26,7 +28,7 @@ pub struct SnapshotRef {
 /// How far the node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ContentPhase {
-    /// The cut is done; data is still being copied.
+    /// The cut is done; data is still being copied or checked.
     Completing,
     /// Every disk's data is complete and verified.
     Ready,
@@ -88,6 +90,10 @@ pub struct VMSnapshotContentSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("disks is immutable"))]
     pub disks: DiskSelection,
+    /// As in the class.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("verify is immutable"))]
+    pub verify: Verify,
     /// No cut after this instant: the agent never starts a session whose deadline has passed.
     #[x_kube(validation = Rule::new("self == oldSelf").message("deadline is immutable"))]
     pub deadline: Time,

@@ -115,6 +115,18 @@ mod tests {
     }
 
     #[test]
+    fn what_only_a_class_can_say_is_asked_of_a_class_by_the_parameters_name() {
+        let refusal = |name: &str| {
+            let bare = [ClassDriver { name: name.into(), parameters: BTreeMap::new() }];
+            choose(&disk("raw"), &candidates(&bare, &Drivers::default()).unwrap()).err().unwrap()
+        };
+        let copy = refusal("copy");
+        assert!(copy.contains("needs a class") && copy.contains("`directory`"), "{copy}");
+        let lvm = refusal("lvm");
+        assert!(lvm.contains("not a logical volume"), "{lvm}");
+    }
+
+    #[test]
     fn an_unknown_driver_and_a_bad_parameter_are_told_apart() {
         assert_eq!(candidates(&class(&["zfs"]), &Drivers::default()).err().unwrap().reason(), reasons::UNKNOWN_DRIVER);
         let mut bad = class(&["copy"]);

@@ -29,6 +29,13 @@ pub async fn find(qmp: &Qmp, id: &str) -> Result<Option<Job>> {
     Ok(jobs.into_iter().find(|job| job.id == id))
 }
 
+/// How far a job is, in percent; none while it doesn't know how much there is to do.
+#[must_use]
+pub fn percent(job: &Job) -> Option<u8> {
+    let part = u128::from(job.current_progress) * 100;
+    u8::try_from(part.checked_div(job.total_progress.into())?.min(100)).ok()
+}
+
 /// Waits until a job is where it is wanted; a failed or vanished job is an error, and a failed one is dismissed.
 pub async fn wait(qmp: &Qmp, id: &str, wanted: Wanted) -> Result<()> {
     let failed = |why: &str| DriverError::Job { job: id.to_owned(), why: why.to_owned() };

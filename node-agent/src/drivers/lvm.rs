@@ -46,7 +46,7 @@ impl SnapshotDriver for Lvm {
 
     fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict {
         let volume = match &disk.device {
-            Err(why) => return Verdict::Unusable(why.clone()),
+            Err(why) => return Verdict::Unusable(format!("not a logical volume: {why}")),
             Ok(BlockDevice { path, volume: None }) => {
                 return Verdict::Unusable(format!("{} is not a logical volume", path.display()));
             }
@@ -61,7 +61,7 @@ impl SnapshotDriver for Lvm {
                 Verdict::Usable(format!("{volume} is thick: a snapshot with space set apart for changes"))
             }
             LogicalVolume { volume, .. } => Verdict::Unusable(format!(
-                "{volume} is thick, and the class doesn't say how much space to set apart (parameter `size`)"
+                "{volume} is thick: needs a class that says how much space to set apart (parameter `size`)"
             )),
         }
     }

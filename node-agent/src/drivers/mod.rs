@@ -14,7 +14,7 @@ pub mod overlay;
 mod quantity;
 pub mod reflink;
 mod tool;
-mod verify;
+pub(crate) mod verify;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -302,6 +302,11 @@ pub trait SnapshotDriver: Send + Sync {
             to.clone_into(&mut artifact.handle);
         }
         Ok(())
+    }
+
+    /// How far the data is that is copied in the background, in percent; none where nothing is.
+    async fn progress(&self, _vm: &Vm, _task: &DiskTask) -> Result<Option<u8>> {
+        Ok(None)
     }
 
     /// Whether the data is complete as soon as `complete` has been called, with nothing copied in the background.

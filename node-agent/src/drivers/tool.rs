@@ -1,7 +1,7 @@
 //! Programs that drivers run, outside the window: bounded, never through a shell.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use tokio::process::Command;
@@ -32,15 +32,38 @@ pub(crate) async fn btrfs(arguments: &[&str], path: &Path) -> Result<()> {
     run(command, DELETE_TIMEOUT).await.map_err(|output| DriverError::Tool { tool: "btrfs", output })
 }
 
+/// Runs `qemu-img` on an image that something else may have open, to whatever end; nothing is written.
+pub(crate) async fn look(arguments: &[&str], image: &Path, after: &[&str], bound: Duration) -> Result<Ended> {
+    let mut command = Command::new("qemu-img");
+    command.args(arguments).arg(image).args(after);
+    let ended = output(command, bound).await.map_err(|output| DriverError::Tool { tool: "qemu-img", output })?;
+    Ok(Ended { code: ended.status.code(), said: said(&ended) })
+}
+
+/// How a program ended.
+pub(crate) struct Ended {
+    /// Its exit code; none if a signal ended it.
+    pub(crate) code: Option<i32>,
+    /// What it wrote to its standard error.
+    pub(crate) said: String,
+}
+
 /// Runs a program to its end, or says what it said.
-async fn run(mut command: Command, bound: Duration) -> std::result::Result<(), String> {
+async fn run(command: Command, bound: Duration) -> std::result::Result<(), String> {
+    let ended = output(command, bound).await?;
+    if ended.status.success() { Ok(()) } else { Err(said(&ended)) }
+}
+
+async fn output(mut command: Command, bound: Duration) -> std::result::Result<Output, String> {
     command.stdin(Stdio::null()).kill_on_drop(true);
     match tokio::time::timeout(bound, command.output()).await {
-        Ok(Ok(output)) if output.status.success() => Ok(()),
-        Ok(Ok(output)) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-        Ok(Err(error)) => Err(error.to_string()),
+        Ok(ended) => ended.map_err(|error| error.to_string()),
         Err(_) => Err(format!("no end after {bound:?}")),
     }
+}
+
+fn said(ended: &Output) -> String {
+    String::from_utf8_lossy(&ended.stderr).trim().to_owned()
 }
 
 /// A run of `qemu-img` that failed.

@@ -17,9 +17,11 @@
 //! taken back ([`removal`]); after it, completing is simply called again.
 
 mod accept;
+mod complete;
 mod flush;
 mod host_cuts;
 pub mod journal;
+mod measured;
 pub mod order;
 pub mod outcome;
 mod removal;
@@ -27,10 +29,10 @@ pub mod window;
 mod window_error;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
+use async_trait::async_trait;
 use freezeframe_api::conditions::reasons;
-use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus};
+use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotContentStatus, Verify};
 use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
@@ -57,13 +59,14 @@ pub struct Sessions {
     pub drivers: Drivers,
 }
 
-/// How often a session that waits for a copy looks whether it is still wanted.
-const LOOK_FOR_CANCEL: Duration = Duration::from_millis(250);
-
 /// What a session asks and tells while it runs.
+#[async_trait]
 pub trait Progress: Send + Sync {
     /// Whether the snapshot was deleted in the meantime.
     fn cancelled(&self) -> bool;
+
+    /// Tells how far the copies are. Nobody need listen: the next one says more.
+    async fn tell(&self, _status: VMSnapshotContentStatus) {}
 }
 
 /// Whether a session is over, or has reached a point that should be reported before it goes on.
@@ -80,8 +83,10 @@ impl Sessions {
         self.drivers.find(&task.driver).map(AsRef::as_ref).ok_or_else(unknown)
     }
 
-    fn is_instant(&self, task: &DiskTask) -> bool {
-        self.drivers.find(&task.driver).is_some_and(|driver| driver.is_instant())
+    /// Whether the snapshot is complete a moment after the cut, so that there is nothing to report in between.
+    fn is_instant(&self, record: &SessionRecord) -> bool {
+        let is_instant = |task: &DiskTask| self.drivers.find(&task.driver).is_some_and(|driver| driver.is_instant());
+        record.order.verify != Verify::Full && record.tasks.iter().all(is_instant)
     }
 
     /// Takes a snapshot, or goes on with one that was interrupted, until there is something to report.
@@ -103,9 +108,7 @@ impl Sessions {
         let mut record = SessionRecord::nothing(order);
         tracing::info!("taking the snapshot");
         match self.cut(&mut record, progress).await {
-            Ok(()) if record.tasks.iter().all(|task| self.is_instant(task)) => {
-                self.complete(&mut record, progress).await
-            }
+            Ok(()) if self.is_instant(&record) => self.complete(&mut record, progress).await,
             Ok(()) => Ok(Turn::Report(Box::new(outcome::cut(&record)))),
             Err(failure) => self.fail(&mut record, &failure).await,
         }
@@ -200,25 +203,6 @@ impl Sessions {
         }
     }
 
-    async fn complete_tasks(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<(), Failure> {
-        // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
-        let vm =
-            Vm::open(&self.vm_root, &record.order.vm).await.map_err(|error| Failure::after_cut_unreachable(&error))?;
-        for at in 0..record.tasks.len() {
-            let task = &mut record.tasks[at];
-            let driver = self.driver(task)?;
-            // A copy may take hours. What it leaves behind when it is dropped, removing finds.
-            let completed = tokio::select! {
-                biased;
-                () = cancelled(progress) => return Err(Failure::cancelled()),
-                completed = driver.complete(&vm, &self.roots, task) => completed,
-            };
-            self.journal.save(record)?;
-            completed.map_err(|error| Failure::after_cut(&error))?;
-        }
-        Ok(())
-    }
-
     async fn fail(&self, record: &mut SessionRecord, failure: &Failure) -> Result<Turn, JournalError> {
         tracing::warn!(reason = failure.reason, message = failure.message, "the snapshot failed");
         record.stage = Stage::Failed;
@@ -252,14 +236,6 @@ trait IntoBoxed {
 impl IntoBoxed for Option<VMSnapshotContentStatus> {
     fn into_boxed(self) -> Box<VMSnapshotContentStatus> {
         Box::new(self.unwrap_or_default())
-    }
-}
-
-/// Resolves when the snapshot is not wanted any more.
-async fn cancelled(progress: &dyn Progress) {
-    let mut beat = tokio::time::interval(LOOK_FOR_CANCEL);
-    while !progress.cancelled() {
-        beat.tick().await;
     }
 }
 

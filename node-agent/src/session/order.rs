@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContent};
+use freezeframe_api::v1alpha1::{
+    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContent, Verify,
+};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
@@ -38,6 +40,9 @@ pub struct Order {
     pub include: Vec<String>,
     /// Not these disks.
     pub exclude: Vec<String>,
+    /// How thoroughly the data is checked.
+    #[serde(default)]
+    pub verify: Verify,
     /// No cut after this.
     pub deadline: Timestamp,
     /// What becomes of the data in the end.
@@ -66,6 +71,7 @@ impl Order {
             pause: spec.quiesce.pause,
             include: names(&spec.disks.include),
             exclude: names(&spec.disks.exclude),
+            verify: spec.verify,
             deadline: spec.deadline.0,
             deletion_policy: spec.deletion_policy,
             generation: content.metadata.generation,

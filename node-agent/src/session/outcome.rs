@@ -125,7 +125,7 @@ pub fn chain(error: &dyn Error) -> String {
 /// After the cut, while copies are under way.
 #[must_use]
 pub fn cut(record: &SessionRecord) -> VMSnapshotContentStatus {
-    let disks = record.tasks.iter().map(|task| disk(task, state_of(task))).collect();
+    let disks = record.tasks.iter().map(|task| cut_disk(record, task)).collect();
     let mut status = VMSnapshotContentStatus { phase: Some(ContentPhase::Completing), disks, ..measured(record) };
     conditions(
         &mut status,
@@ -133,7 +133,7 @@ pub fn cut(record: &SessionRecord) -> VMSnapshotContentStatus {
         &[
             (types::ACCEPTED, true, reasons::ACCEPTED, String::new()),
             quiesced(record),
-            (types::READY, false, reasons::IN_PROGRESS, "data is being copied".into()),
+            (types::READY, false, reasons::IN_PROGRESS, "data is being copied or checked".into()),
         ],
     );
     status
@@ -142,7 +142,7 @@ pub fn cut(record: &SessionRecord) -> VMSnapshotContentStatus {
 /// When every disk is complete.
 #[must_use]
 pub fn ready(record: &SessionRecord) -> VMSnapshotContentStatus {
-    let disks = record.tasks.iter().map(|task| disk(task, state_of(task))).collect();
+    let disks = record.tasks.iter().map(|task| cut_disk(record, task)).collect();
     let mut status = VMSnapshotContentStatus { phase: Some(ContentPhase::Ready), disks, ..measured(record) };
     conditions(
         &mut status,
@@ -256,12 +256,16 @@ fn evidence(measured: &Measured) -> ConsistencyEvidence {
         freeze_millis: measured.frozen.map(|(_, took)| millis(took)),
         hold_millis: measured.hold.map(millis),
         pause_millis: millis(measured.pause),
-        skew_micros: i64::try_from(measured.skew.as_micros()).unwrap_or(i64::MAX),
+        skew_micros: micros(measured.skew),
     }
 }
 
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
 fn count(number: u64) -> i64 {
@@ -270,6 +274,12 @@ fn count(number: u64) -> i64 {
 
 fn state_of(task: &DiskTask) -> DiskSnapshotState {
     if task.artifact.is_some() { DiskSnapshotState::Ready } else { DiskSnapshotState::Copying }
+}
+
+/// A disk after the cut.
+fn cut_disk(record: &SessionRecord, task: &DiskTask) -> DiskSnapshot {
+    let offset = record.measured.as_ref().map(|measured| measured.offsets.of(&task.disk));
+    DiskSnapshot { skew_micros: offset.map(micros), ..disk(task, state_of(task)) }
 }
 
 fn disk(task: &DiskTask, state: DiskSnapshotState) -> DiskSnapshot {
@@ -282,6 +292,7 @@ fn disk(task: &DiskTask, state: DiskSnapshotState) -> DiskSnapshot {
         format: task.artifact.as_ref().map(|artifact| artifact.format.clone()),
         handle: task.artifact.as_ref().map(|artifact| SnapshotHandle(artifact.handle.display().to_string())),
         progress_percent: None,
+        skew_micros: None,
         message: None,
     }
 }

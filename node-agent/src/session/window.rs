@@ -25,7 +25,9 @@ use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::host_cuts::host_cuts;
+use super::host_cuts::{Made, host_cuts};
+pub use super::measured::Measured;
+use super::measured::Offsets;
 pub use super::window_error::WindowError;
 use crate::crash;
 use crate::drivers::jobs::{self, Wanted};
@@ -72,23 +74,6 @@ pub struct Freeze {
     pub mountpoints: Vec<String>,
     /// How long the guest may take.
     pub timeout: Duration,
-}
-
-/// What was measured in a window that ended well.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Measured {
-    /// The instant of the cut, by this node's clock.
-    pub cut_at: Timestamp,
-    /// File systems frozen, and how long the guest took; none without a freeze.
-    pub frozen: Option<(u64, Duration)>,
-    /// File systems thawed; none without a freeze.
-    pub thawed: Option<u64>,
-    /// Freeze answered to thaw sent.
-    pub hold: Option<Duration>,
-    /// How long the virtual CPUs were stopped by us.
-    pub pause: Duration,
-    /// Upper bound between the first disk's cut and the last one's.
-    pub skew: Duration,
 }
 
 /// Opens a window, cuts, and lets the guest go.
@@ -184,11 +169,12 @@ struct Hold {
     cut_sent: bool,
     cut_at: Option<Timestamp>,
     skew: Duration,
+    offsets: Offsets,
     exchanged: bool,
     paused_for: Duration,
     frozen_for: Option<Duration>,
     thawed: Option<u64>,
-    host: Option<JoinHandle<Result<(), WindowError>>>,
+    host: Option<JoinHandle<Result<Vec<Made>, WindowError>>>,
 }
 
 impl Hold {
@@ -223,12 +209,14 @@ impl Hold {
         let sent = Instant::now();
         // Started first: a blocking thread takes a moment to start, and the transaction is quick.
         let host = self.host.insert(tokio::spawn(host_cuts(plan.host.clone())));
+        let mut transaction = None;
         if !plan.actions.is_empty() {
             vm.qmp().transaction(&plan.actions, plan.max_hold).await.map_err(WindowError::Cut)?;
+            transaction = Some(Instant::now());
         }
         let made = host.await.unwrap_or(Err(WindowError::HoldExceeded(plan.max_hold)));
         self.host = None;
-        made?;
+        self.offsets = Offsets::new(transaction, &made?);
         self.cut_at = Some(Timestamp::now());
         self.skew = sent.elapsed();
         crash::point("transaction");
@@ -265,7 +253,7 @@ impl Hold {
     async fn await_host_cuts(&mut self) {
         let Some(host) = self.host.take() else { return };
         match host.await {
-            Ok(Ok(())) => tracing::warn!("a cut outside QEMU was made too late"),
+            Ok(Ok(_)) => tracing::warn!("a cut outside QEMU was made too late"),
             Ok(Err(error)) => tracing::warn!(%error, "a cut outside QEMU failed"),
             Err(error) => tracing::warn!(%error, "a cut outside QEMU was given up"),
         }
@@ -336,6 +324,7 @@ impl Hold {
             hold: self.frozen_for,
             pause: self.paused_for,
             skew: self.skew,
+            offsets: self.offsets,
         }
     }
 }

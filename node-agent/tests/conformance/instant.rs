@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use freezeframe_api::v1alpha1::ContentPhase;
 use freezeframe_node_agent::drivers::Drivers;
+use freezeframe_node_agent::drivers::overlay::Overlay;
 use freezeframe_node_agent::session::order::Order;
 
 use crate::cases::{Case, drivers, for_every_case};
 use crate::content::qemu_io;
 use crate::loopcopy::Loopcopy;
 use crate::storage::{Kind, Storage, run};
-use crate::world::{World, two_disks};
+use crate::world::{World, disk, two_disks};
 
 const SOON: Duration = Duration::from_secs(180);
 /// Where the guest writes: the ninth sector.
@@ -99,6 +100,29 @@ fn dawdle() {
 async fn cuts_that_are_far_apart_are_one_instant_to_the_guest() {
     let case = Case { driver: "loopcopy", storage: Kind::Plain, format: "raw" };
     check_instants(case, Drivers::new(vec![Box::new(Loopcopy(dawdle))])).await;
+}
+
+const LATE: Duration = Duration::from_millis(200);
+
+fn be_late() {
+    std::thread::sleep(LATE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_disk_says_how_much_later_than_the_first_it_was_cut() {
+    let storage = Storage::new(Kind::Plain);
+    let disks = vec![disk(&storage, "vd0", "raw"), disk(&storage, "vd1", "qcow2")];
+    let drivers = Drivers::new(vec![Box::new(Loopcopy(be_late)), Box::new(Overlay)]);
+    let world = World::with(storage, disks, drivers).await;
+    let mut order = world.order("loopcopy", 1);
+    order.drivers.extend(world.order("overlay", 1).drivers);
+    let status = world.advance(&order).await;
+    assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+    let late = i64::try_from(LATE.as_micros()).unwrap();
+    let skews: Vec<_> = status.disks.iter().map(|disk| disk.skew_micros.unwrap()).collect();
+    let total = status.consistency.unwrap().skew_micros;
+    // The transaction takes a moment too, though a much shorter one.
+    assert!(skews[1] == 0 && (late / 2..=total).contains(&skews[0]), "{skews:?} of {total}");
 }
 
 static LET_THE_CUT_GO_ON: AtomicBool = AtomicBool::new(false);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -46,8 +47,7 @@ impl Machine {
         }
         for (index, disk) in disks.iter().enumerate() {
             let (name, options) = (&disk.name, &disk.options);
-            let file = disk.file.display();
-            command.arg("-blockdev").arg(format!("driver=file,node-name={name}-file,filename={file}"));
+            command.arg("-blockdev").arg(format!("node-name={name}-file,{}", protocol(&disk.file)));
             let format = &disk.format;
             command.arg("-blockdev").arg(format!("driver={format},node-name={name}-node,file={name}-file{options}"));
             command.arg("-device").arg(format!("virtio-blk-pci,drive={name}-node,id={name},bootindex={index}"));
@@ -99,6 +99,16 @@ impl Drop for Machine {
         // One that has ended has nothing to kill.
         drop(self.process.kill());
         drop(self.process.wait());
+    }
+}
+
+/// How QEMU opens what a disk is: a file, a block device, or what an NBD server exports on a socket.
+fn protocol(disk: &Path) -> String {
+    let (kind, path) = (std::fs::metadata(disk).unwrap().file_type(), disk.display());
+    match () {
+        () if kind.is_socket() => format!("driver=nbd,server.type=unix,server.path={path}"),
+        () if kind.is_block_device() => format!("driver=host_device,filename={path}"),
+        () => format!("driver=file,filename={path}"),
     }
 }
 

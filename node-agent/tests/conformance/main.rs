@@ -25,6 +25,7 @@
 mod cases;
 mod chains;
 mod content;
+mod copies;
 mod instant;
 mod loopcopy;
 mod machine;
@@ -32,4 +33,5 @@ mod shapes;
 mod snapshots;
 mod steps;
 mod storage;
+mod verify;
 mod world;

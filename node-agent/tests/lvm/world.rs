@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use freezeframe_api::names::DriverName;
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus,
+    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus, Verify,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
@@ -139,6 +139,7 @@ impl World {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
+            verify: Verify::Quick,
             deadline: Timestamp::now() + SignedDuration::from_secs(600),
             deletion_policy: DeletionPolicy::Delete,
             generation: Some(1),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use freezeframe_api::names::DriverName;
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus,
+    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus, Verify,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
@@ -153,6 +153,7 @@ impl Lab {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
+            verify: Verify::Quick,
             deadline: Timestamp::now() + Duration::from_secs(300),
             deletion_policy: DeletionPolicy::Delete,
             generation: Some(1),

@@ -55,6 +55,7 @@ pub fn content(snapshot: &VMSnapshot, class: &VMSnapshotClass, node: &NodeName) 
             consistency,
             quiesce,
             disks,
+            verify: class.spec.verify,
             deadline: Time(deadline(snapshot)),
             deletion_policy: deletion_policy.unwrap_or(class.spec.deletion_policy),
         },

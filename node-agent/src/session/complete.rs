@@ -1,0 +1,110 @@
+//! Everything that is slow after the cut: copies, checks, and telling how far they are.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use freezeframe_api::v1alpha1::{VMSnapshotContentStatus, Verify};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::journal::SessionRecord;
+use super::outcome::{self, Failure};
+use super::{Progress, Sessions};
+use crate::drivers::{DiskTask, DriverError, SnapshotDriver, verify};
+use crate::hypervisor::Vm;
+
+/// How often a session that waits for a copy looks whether it is still wanted.
+const LOOK_FOR_CANCEL: Duration = Duration::from_millis(250);
+
+/// How often it looks how far the copies are.
+const LOOK_AT_COPIES: Duration = Duration::from_secs(3);
+/// What all copies together must have come further, in percent, to be told: a snapshot costs twenty such reports at the
+/// most, however many disks it has.
+const STEP: i32 = 5;
+
+impl Sessions {
+    /// Completes and checks every disk.
+    pub(super) async fn complete_tasks(
+        &self,
+        record: &mut SessionRecord,
+        progress: &dyn Progress,
+    ) -> Result<(), Failure> {
+        // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
+        let vm =
+            Vm::open(&self.vm_root, &record.order.vm).await.map_err(|error| Failure::after_cut_unreachable(&error))?;
+        let (tasks, status) = (record.tasks.clone(), outcome::cut(record));
+        // A copy may take hours. What it leaves behind when it is dropped, removing finds.
+        tokio::select! {
+            biased;
+            () = cancelled(progress) => Err(Failure::cancelled()),
+            never = self.tell_progress(&vm, &tasks, status, progress) => match never {},
+            completed = self.complete_each(&vm, record) => completed,
+        }
+    }
+
+    async fn complete_each(&self, vm: &Vm, record: &mut SessionRecord) -> Result<(), Failure> {
+        let verify = record.order.verify;
+        for at in 0..record.tasks.len() {
+            let task = &mut record.tasks[at];
+            let completed = complete_and_verify(self.driver(task)?, vm, self, verify, task).await;
+            self.journal.save(record)?;
+            completed.map_err(|error| Failure::after_cut(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Tells how far the copies are each time they have come a step further, for ever.
+    async fn tell_progress(
+        &self,
+        vm: &Vm,
+        tasks: &[DiskTask],
+        mut status: VMSnapshotContentStatus,
+        progress: &dyn Progress,
+    ) -> Infallible {
+        let mut beat = interval(LOOK_AT_COPIES);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = 0;
+        loop {
+            beat.tick().await;
+            for (task, disk) in tasks.iter().zip(&mut status.disks) {
+                disk.progress_percent = self.percent(vm, task).await.or(disk.progress_percent);
+            }
+            let percents = status.disks.iter().filter_map(|disk| disk.progress_percent);
+            let come: i32 = percents.sum();
+            if come >= told + STEP * copies(&status) {
+                told = come;
+                progress.tell(status.clone()).await;
+            }
+        }
+    }
+
+    async fn percent(&self, vm: &Vm, task: &DiskTask) -> Option<i32> {
+        // What can't be learned now is learned at the next look, and the copy's end doesn't hang on it.
+        let percent = self.driver(task).ok()?.progress(vm, task).await.ok()?;
+        percent.map(i32::from)
+    }
+}
+
+/// How many disks are copied; one where none is, so that nothing is ever told.
+fn copies(status: &VMSnapshotContentStatus) -> i32 {
+    let copied = status.disks.iter().filter(|disk| disk.progress_percent.is_some()).count();
+    i32::try_from(copied.max(1)).unwrap_or(i32::MAX)
+}
+
+async fn complete_and_verify(
+    driver: &dyn SnapshotDriver,
+    vm: &Vm,
+    sessions: &Sessions,
+    level: Verify,
+    task: &mut DiskTask,
+) -> Result<(), DriverError> {
+    driver.complete(vm, &sessions.roots, task).await?;
+    verify::artifact(level, &sessions.roots, task).await
+}
+
+/// Resolves when the snapshot is not wanted any more.
+async fn cancelled(progress: &dyn Progress) {
+    let mut beat = tokio::time::interval(LOOK_FOR_CANCEL);
+    while !progress.cancelled() {
+        beat.tick().await;
+    }
+}
