@@ -1,12 +1,13 @@
 /* writer: the guest's write load and its witness.
  *
- *   writer pair FILE_A FILE_B HEARTBEAT PAUSE_US   the witness over two disks
+ *   writer row HEARTBEAT PAUSE_US FILE...          the witness over two disks or more
  *   writer single FILE PAUSE_US                    the same records on one disk more
  *   writer dirty DIR MIB                           random rewrites that nobody syncs
  *   writer check FILE                              print "records=N torn=T bad=B"
  *
- * pair: for i = last+1, last+2, ... append record i to A, fdatasync; append it to B, fdatasync; tell the host "i nanoseconds".
- * So at every instant the durable state has last(B) <= last(A) <= last(B)+1, and so must images that were cut together.
+ * row: for i = last+1, last+2, ... append record i to A, fdatasync; append it to B, fdatasync; and so on; tell the host
+ * "i nanoseconds". So at every instant the durable state has last(A) >= last(B) >= ... >= last(A)-1, and so must images
+ * that were cut together.
  * A record is 64 bytes, so that one that was cut in half is visible.
  */
 #define _GNU_SOURCE
@@ -55,15 +56,16 @@ static void append(int fd, uint64_t i) {
     if (fdatasync(fd)) die("writer: fdatasync");
 }
 
-static _Noreturn void pair(const char *path_a, const char *path_b, const char *heartbeat, int pause_us) {
-    int a = open_log(path_a), b = open_log(path_b), hb = open(heartbeat, O_WRONLY | O_NONBLOCK);
-    uint64_t la = last_record(a), lb = last_record(b);
-    /* a crash between the two appends leaves A one ahead: give B what it missed, so that both stay gapless */
-    if (la == lb + 1) append(b, la);
-    for (uint64_t i = la + 1;; i++) {
+static _Noreturn void row(const char *heartbeat, int pause_us, char **paths, int count) {
+    int fds[count], hb = open(heartbeat, O_WRONLY | O_NONBLOCK);
+    for (int k = 0; k < count; k++) fds[k] = open_log(paths[k]);
+    uint64_t last = last_record(fds[0]);
+    /* a crash within a round leaves the first ones one ahead: give the others what they missed, so that all stay gapless */
+    for (int k = 1; k < count; k++)
+        if (last == last_record(fds[k]) + 1) append(fds[k], last);
+    for (uint64_t i = last + 1;; i++) {
         char line[64];
-        append(a, i);
-        append(b, i);
+        for (int k = 0; k < count; k++) append(fds[k], i);
         int n = snprintf(line, sizeof line, "%llu %llu\n", (unsigned long long)i, (unsigned long long)monotonic());
         /* nobody may be listening, and then the port is full: a lost heartbeat must not stop the load */
         if (hb >= 0 && write(hb, line, n) < 0) { }
@@ -110,10 +112,10 @@ static int check(const char *path) {
 }
 
 int main(int c, char **v) {
-    if (c == 6 && !strcmp(v[1], "pair")) pair(v[2], v[3], v[4], atoi(v[5]));
+    if (c >= 6 && !strcmp(v[1], "row")) row(v[2], atoi(v[3]), v + 4, c - 4);
     if (c == 4 && !strcmp(v[1], "single")) single(v[2], atoi(v[3]));
     if (c == 4 && !strcmp(v[1], "dirty")) dirty(v[2], atoi(v[3]));
     if (c == 3 && !strcmp(v[1], "check")) return check(v[2]);
-    fprintf(stderr, "usage: writer pair A B HEARTBEAT PAUSE_US | single FILE PAUSE_US | dirty DIR MIB | check FILE\n");
+    fprintf(stderr, "usage: writer row HEARTBEAT PAUSE_US A B... | single FILE PAUSE_US | dirty DIR MIB | check FILE\n");
     return 2;
 }

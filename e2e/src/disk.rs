@@ -1,8 +1,9 @@
 //! Disk images with a file system on them.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::run;
 
@@ -48,6 +49,14 @@ impl Disk {
     /// An image that is already there.
     pub fn existing(path: impl Into<PathBuf>, format: Format) -> Self {
         Self { path: path.into(), format }
+    }
+
+    /// An image that is already there, qcow2 if it begins as such. Only for images whose first bytes no guest wrote.
+    pub fn detect(path: &Path) -> Result<Self> {
+        let mut start = [0; 4];
+        let file = std::fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        file.read_exact_at(&mut start, 0).with_context(|| format!("reading {}", path.display()))?;
+        Ok(Self::existing(path, if &start == b"QFI\xfb" { Format::Qcow2 } else { Format::Raw }))
     }
 
     /// Makes an image of `mib` MiB with an empty file system. XFS needs 300 MiB.

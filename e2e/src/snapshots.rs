@@ -12,7 +12,7 @@ use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
 use crate::disk::convert;
-use crate::{Disk, Format, World, await_condition, await_object};
+use crate::{Disk, Format, Place, World, await_condition, await_object};
 
 /// A snapshot of two small disks takes a second; a busy machine takes longer.
 const ENDED: Duration = Duration::from_secs(60);
@@ -45,7 +45,7 @@ pub fn images(snapshot: &VMSnapshot) -> Result<Vec<Disk>> {
     let disks = snapshot.status.iter().flat_map(|status| &status.disks);
     let image = |disk: &freezeframe_api::v1alpha1::DiskSnapshot| {
         let handle = disk.handle.as_ref().with_context(|| format!("disk {} has no handle", disk.name.0))?;
-        Ok(Disk::existing(&handle.0, Format::Qcow2))
+        Disk::detect(Path::new(&handle.0))
     };
     disks.map(image).collect()
 }
@@ -61,6 +61,24 @@ impl World {
     #[must_use]
     pub fn contents(&self) -> Api<VMSnapshotContent> {
         Api::all(self.client.clone())
+    }
+
+    /// Applies a class with these drivers.
+    pub fn apply_class(&self, name: &str, drivers: &Value) -> Result<()> {
+        let class = json!({
+            "apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMSnapshotClass", "metadata": {"name": name},
+            "spec": {"drivers": drivers},
+        });
+        let manifest = self.directory().join(format!("class-{name}.json"));
+        std::fs::write(&manifest, class.to_string())?;
+        self.control_plane.kubectl(&["apply", "-f", &manifest.display().to_string()]).map(drop)
+    }
+
+    /// A directory for the driver `copy`, made.
+    pub fn copies(&self) -> Result<PathBuf> {
+        let copies = self.directory().join("copies");
+        std::fs::create_dir_all(&copies)?;
+        Ok(copies)
     }
 
     /// Applies a snapshot and doesn't wait.
@@ -124,10 +142,16 @@ impl World {
         self.await_gone(name).await
     }
 
-    /// Where the images of a guest of this world's namespace are.
+    /// Where the images of a guest of this world's namespace are, those on the temporary directory's file system.
     #[must_use]
     pub fn image_directory(&self, vm: &str) -> PathBuf {
-        self.site.image_roots[0].join(&self.namespace).join(vm)
+        self.image_directory_on(Place::Plain, vm)
+    }
+
+    /// Where the images of a guest of this world's namespace are that lie on `place`.
+    #[must_use]
+    pub fn image_directory_on(&self, place: Place, vm: &str) -> PathBuf {
+        place.image_directory(&self.site.image_roots[0], &self.namespace, vm)
     }
 
     /// An error with what the programs said.

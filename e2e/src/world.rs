@@ -10,9 +10,12 @@ use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
 use crate::{
-    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, Load, Programs, Site, Style,
-    Trouble, await_condition,
+    Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, HostFilesystem, Load, LoopMount,
+    Programs, Site, Style, Trouble, await_condition, run,
 };
+
+/// Size of a place's own file system; sparse. A btrfs wants much room beyond what is in it.
+const PLACE_MIB: u64 = 4096;
 
 /// A disk to make for the guest.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +26,17 @@ pub struct DiskSpec {
     pub filesystem: Filesystem,
     /// Size.
     pub mib: u64,
+}
+
+/// What a disk's image lies on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The temporary directory: a file system whose files share no data, as far as the tests need to know.
+    Plain,
+    /// An XFS of the world's own, whose files can share data.
+    Xfs,
+    /// A btrfs of the world's own; the VM's directory is a subvolume.
+    Btrfs,
 }
 
 /// A world: change what a test is about, keep the rest.
@@ -36,6 +50,8 @@ pub struct WorldConfig {
     pub vm: String,
     /// The guest's disks.
     pub disks: Vec<DiskSpec>,
+    /// What their images lie on, in the same order; those beyond its end lie on [`Place::Plain`].
+    pub places: Vec<Place>,
     /// What the guest does.
     pub load: Load,
     /// Whether the guest runs an agent.
@@ -54,6 +70,7 @@ impl Default for WorldConfig {
             namespace: "shop".into(),
             vm: "db-1".into(),
             disks: vec![disk(Filesystem::Ext4), disk(Filesystem::Xfs)],
+            places: vec![],
             load: Load::Light,
             agent: Agent::On,
             trouble: Trouble::None,
@@ -77,6 +94,7 @@ pub struct World {
     pub site: Site,
     /// The guest's namespace.
     pub namespace: String,
+    _mounts: Vec<LoopMount>,
     directory: TempDir,
 }
 
@@ -86,6 +104,7 @@ impl World {
         let directory = tempfile::Builder::new().prefix("ff").tempdir()?;
         let root = directory.path();
         let vm_root = root.join("vms");
+        let mounts = mount(&config.places, root)?;
         let guest = guest_config(&config, root, &vm_root)?;
         let plane = root.join("control-plane");
         let (guest, control_plane) =
@@ -109,6 +128,7 @@ impl World {
             control_plane,
             site,
             namespace: config.namespace,
+            _mounts: mounts,
             directory,
         })
     }
@@ -166,16 +186,55 @@ where
 }
 
 fn guest_config(config: &WorldConfig, root: &Path, vm_root: &Path) -> Result<GuestConfig> {
-    let images = root.join("images").join(&config.namespace).join(&config.vm);
-    std::fs::create_dir_all(&images)?;
     let private = root.join("guests").join(&config.namespace).join(&config.vm);
     let mut guest = GuestConfig::new(&config.namespace, &config.vm, vm_root, &private);
-    for (name, spec) in ["vda", "vdb", "vdc", "vdd"].into_iter().zip(&config.disks) {
-        guest.disks.push(make_disk(&images, name, *spec)?);
+    for (index, (name, spec)) in ["vda", "vdb", "vdc", "vdd"].into_iter().zip(&config.disks).enumerate() {
+        let place = config.places.get(index).copied().unwrap_or(Place::Plain);
+        guest.disks.push(make_disk(&image_directory(config, root, place)?, name, *spec)?);
     }
     (guest.load, guest.agent, guest.style) = (config.load, config.agent, config.style);
     guest.trouble = config.trouble;
     Ok(guest)
+}
+
+/// Mounts what the places need beneath the image root.
+fn mount(places: &[Place], root: &Path) -> Result<Vec<LoopMount>> {
+    let mounted = [(Place::Xfs, HostFilesystem::Xfs), (Place::Btrfs, HostFilesystem::Btrfs)].into_iter();
+    let needed = mounted.filter(|(place, _)| places.contains(place));
+    needed
+        .map(|(place, filesystem)| {
+            let image = root.join(place.directory()).with_extension("img");
+            LoopMount::new(filesystem, &image, PLACE_MIB, &root.join("images").join(place.directory()))
+        })
+        .collect()
+}
+
+/// Where a VM's images of one place are, made if need be.
+fn image_directory(config: &WorldConfig, root: &Path, place: Place) -> Result<PathBuf> {
+    let directory = place.image_directory(&root.join("images"), &config.namespace, &config.vm);
+    match directory.parent() {
+        Some(parent) if place == Place::Btrfs && !directory.exists() => {
+            std::fs::create_dir_all(parent)?;
+            run("btrfs", ["subvolume".as_ref(), "create".as_ref(), directory.as_os_str()])?;
+        }
+        _ => std::fs::create_dir_all(&directory)?,
+    }
+    Ok(directory)
+}
+
+impl Place {
+    /// Beneath the image root; the temporary directory itself needs none.
+    fn directory(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+        }
+    }
+
+    pub(crate) fn image_directory(self, image_root: &Path, namespace: &str, vm: &str) -> PathBuf {
+        image_root.join(self.directory()).join(namespace).join(vm)
+    }
 }
 
 fn make_disk(images: &Path, name: &str, spec: DiskSpec) -> Result<Disk> {

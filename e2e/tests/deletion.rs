@@ -160,19 +160,12 @@ async fn retained(world: &World, content: &str) -> Result<Vec<Disk>> {
 
 /// A class whose copies are in a directory of the world's own.
 fn copying_class(world: &World, speed: Option<&str>) -> Result<std::path::PathBuf> {
-    let copies = world.directory().join("copies");
-    std::fs::create_dir_all(&copies)?;
+    let copies = world.copies()?;
     let mut parameters = json!({"directory": copies});
     if let Some(speed) = speed {
         parameters["speed"] = speed.into();
     }
-    let class = json!({
-        "apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMSnapshotClass", "metadata": {"name": "copying"},
-        "spec": {"drivers": [{"name": "copy", "parameters": parameters}]},
-    });
-    let manifest = world.directory().join("class.yaml");
-    std::fs::write(&manifest, class.to_string())?;
-    world.control_plane.kubectl(&["apply", "-f", &manifest.display().to_string()])?;
+    world.apply_class("copying", &json!([{"name": "copy", "parameters": parameters}]))?;
     Ok(copies)
 }
 

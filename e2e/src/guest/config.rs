@@ -10,10 +10,12 @@ use crate::Disk;
 pub enum Load {
     /// Mounts them and leaves them alone.
     None,
-    /// The witness: a record on each disk, synced, over and over.
+    /// The witness on the first two disks: a record on each, synced, over and over; the others have records of their own.
     Light,
     /// The witness and two writers that fill the page cache and never sync.
     Heavy,
+    /// The witness over all disks, one after the other.
+    Row,
 }
 
 impl Load {
@@ -22,6 +24,7 @@ impl Load {
             Self::None => "none",
             Self::Light => "light",
             Self::Heavy => "heavy",
+            Self::Row => "row",
         }
     }
 }
@@ -78,7 +81,7 @@ pub struct GuestConfig {
     pub vm_root: PathBuf,
     /// For what is ours alone: private sockets, console, log.
     pub directory: PathBuf,
-    /// At most four, `vda` first; the witness is on the first two.
+    /// At most four, `vda` first; the witness is on the first two, or all with [`Load::Row`].
     pub disks: Vec<Disk>,
     /// What it does.
     pub load: Load,

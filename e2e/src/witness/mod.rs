@@ -44,6 +44,16 @@ impl Report {
         Ok(i64::try_from(a.records.whole)? - i64::try_from(b.records.whole)?)
     }
 
+    /// Fails unless the images of a guest with [`Load::Row`](crate::Load::Row) are all of one instant: each disk has as
+    /// many records as the one before it or one less, and the last as many as the first or one less.
+    pub fn ensure_row_of_one_instant(&self) -> Result<()> {
+        let counts: Vec<_> = self.disks.iter().map(|disk| disk.records.whole).collect();
+        let falls = counts.is_sorted_by(|before, after| before >= after);
+        let [first, .., last] = counts.as_slice() else { anyhow::bail!("a cut of fewer than two disks") };
+        ensure!(falls && first - last <= 1, "the disks are not of one instant: {counts:?}");
+        self.ensure_one_instant()
+    }
+
     /// Fails unless the images are at least crash-consistent and of one instant.
     pub fn ensure_one_instant(&self) -> Result<()> {
         for disk in &self.disks {

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use freezeframe_e2e::{HostFilesystem, LoopMount};
 use tempfile::TempDir;
 
 /// Smallest that both `mkfs.xfs` and `mkfs.btrfs` take.
-const SIZE: u64 = 320 << 20;
+const SIZE_MIB: u64 = 320;
 
 /// What a disk's image lies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,32 +25,31 @@ pub enum Kind {
 
 /// A file system, mounted for as long as this lives.
 pub struct Storage {
+    // Unmounted before the directory is removed.
+    _mount: Option<LoopMount>,
     directory: TempDir,
     kind: Kind,
 }
 
 impl Storage {
     pub fn new(kind: Kind) -> Self {
-        let storage = Self { directory: tempfile::tempdir().unwrap(), kind };
-        std::fs::create_dir(storage.root()).unwrap();
-        match kind {
-            Kind::Plain => {}
-            Kind::Xfs => storage.mount("mkfs.xfs -q -m reflink=1"),
-            Kind::OldXfs => storage.mount("mkfs.xfs -q -m reflink=0"),
-            Kind::Btrfs => storage.mount("mkfs.btrfs -q"),
-        }
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        let filesystem = match kind {
+            Kind::Plain => None,
+            Kind::Xfs => Some(HostFilesystem::Xfs),
+            Kind::OldXfs => Some(HostFilesystem::OldXfs),
+            Kind::Btrfs => Some(HostFilesystem::Btrfs),
+        };
+        let image = directory.path().join("fs.img");
+        let mount = filesystem.map(|filesystem| LoopMount::new(filesystem, &image, SIZE_MIB, &root).unwrap());
+        let storage = Self { _mount: mount, directory, kind };
         match kind {
             Kind::Btrfs => drop(run("btrfs subvolume create", &[&storage.images()])),
             _ => std::fs::create_dir(storage.images()).unwrap(),
         }
         storage
-    }
-
-    fn mount(&self, mkfs: &str) {
-        let image = self.directory.path().join("fs.img");
-        std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
-        run(mkfs, &[&image]);
-        run("mount -o loop", &[&image, &self.root()]);
     }
 
     /// The file system's root.
@@ -73,22 +73,6 @@ impl Storage {
             );
         }
         found
-    }
-}
-
-impl Drop for Storage {
-    fn drop(&mut self) {
-        // A process that was just killed may hold the file system for a moment; a lazy unmount waits for it by itself.
-        // Its loop device goes with it.
-        if !matches!(self.kind, Kind::Plain) {
-            let root = self.root();
-            let unmounted = |arguments: &[&str]| {
-                Command::new("timeout").arg("20").args(arguments).arg(&root).output().is_ok_and(|o| o.status.success())
-            };
-            if !unmounted(&["umount"]) && !unmounted(&["umount", "-l"]) {
-                eprintln!("{} is still mounted", root.display());
-            }
-        }
     }
 }
 
