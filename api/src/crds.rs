@@ -7,14 +7,21 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-use crate::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use crate::v1alpha1::{VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
 use meanings::Meanings;
 
 /// The definition of every kind, in the order in which a reader meets them.
 #[must_use]
 pub fn all() -> Vec<CustomResourceDefinition> {
     let meanings = Meanings::collect();
-    let mut crds = vec![VMTarget::crd(), VMSnapshot::crd(), VMSnapshotClass::crd(), VMSnapshotContent::crd()];
+    let mut crds = vec![
+        VMTarget::crd(),
+        VMSnapshot::crd(),
+        VMSnapshotClass::crd(),
+        VMSnapshotContent::crd(),
+        VMRestore::crd(),
+        VMRestoreContent::crd(),
+    ];
     let validations = crds.iter_mut().flat_map(|crd| &mut crd.spec.versions).flat_map(|version| &mut version.schema);
     for schema in validations.flat_map(|validation| &mut validation.open_api_v3_schema) {
         polish(schema, &meanings);

@@ -20,6 +20,9 @@ pub const SNAPSHOT_FINALIZER: &str = "freezeframe.dev/snapshot";
 /// artifacts gone, or left alone.
 pub const CONTENT_FINALIZER: &str = "freezeframe.dev/content";
 
+/// Finalizer of the operator on a [`v1alpha1::VMRestore`]: removed when the content is gone.
+pub const RESTORE_FINALIZER: &str = "freezeframe.dev/restore";
+
 /// Field manager of the operator's writes.
 pub const OPERATOR_MANAGER: &str = "freezeframe-operator";
 
@@ -38,3 +41,10 @@ pub const SNAPSHOT_NAME_LABEL: &str = "freezeframe.dev/snapshot-name";
 /// Label on a content that stays after its snapshot's deletion, with the value `"true"`: it lists what was kept, and is
 /// an administrator's to delete.
 pub const SNAPSHOT_DELETED_LABEL: &str = "freezeframe.dev/snapshot-deleted";
+
+/// Label on a restore's content, and on the snapshot that keeps what it replaced: namespace of the restore.
+pub const RESTORE_NAMESPACE_LABEL: &str = "freezeframe.dev/restore-namespace";
+
+/// Label on a restore's content, and on the snapshot that keeps what it replaced: name of the restore, cut to 63
+/// characters.
+pub const RESTORE_NAME_LABEL: &str = "freezeframe.dev/restore-name";

@@ -8,7 +8,7 @@ use schemars::SchemaGenerator;
 use serde_json::Value;
 
 use crate::v1alpha1::{
-    VMSnapshotClassSpec, VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotSpec, VMSnapshotStatus,
+    VMRestoreContentSpec, VMRestoreContentStatus, VMRestoreSpec, VMRestoreStatus, VMSnapshotClassSpec, VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotSpec, VMSnapshotStatus,
     VMTargetStatus,
 };
 
@@ -26,6 +26,10 @@ impl Meanings {
         generator.subschema_for::<VMSnapshotClassSpec>();
         generator.subschema_for::<VMSnapshotContentSpec>();
         generator.subschema_for::<VMSnapshotContentStatus>();
+        generator.subschema_for::<VMRestoreSpec>();
+        generator.subschema_for::<VMRestoreStatus>();
+        generator.subschema_for::<VMRestoreContentSpec>();
+        generator.subschema_for::<VMRestoreContentStatus>();
         Self(generator.take_definitions(true).values().filter_map(enumeration).collect())
     }
 

@@ -4,6 +4,9 @@
 mod consistency;
 mod disks;
 mod quiesce;
+mod restored;
+mod vmrestore;
+mod vmrestorecontent;
 mod vmsnapshot;
 mod vmsnapshotclass;
 mod vmsnapshotcontent;
@@ -12,6 +15,12 @@ mod vmtarget;
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
 pub use quiesce::{Pause, Quiesce};
+pub use restored::{BootCheck, BootResult, RestoreMode, RestoreVerify, RestoredDisk, RestoredDiskState};
+pub use vmrestore::{RestorePhase, RestoreTarget, VMRestore, VMRestoreSpec, VMRestoreStatus};
+pub use vmrestorecontent::{
+    RestoreContentPhase, RestoreRef, RestoreStep, SnapshotContentRef, VMRestoreContent, VMRestoreContentSpec,
+    VMRestoreContentStatus,
+};
 pub use vmsnapshot::{DeletionPolicy, Phase, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus};
 pub use vmsnapshotclass::{ClassDriver, VMSnapshotClass, VMSnapshotClassSpec};
 pub use vmsnapshotcontent::{

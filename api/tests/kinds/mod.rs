@@ -1,6 +1,6 @@
 //! From any object of the API to its type.
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use freezeframe_api::v1alpha1::{VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Error, Value};
@@ -11,6 +11,8 @@ pub fn round_trip(object: &Value) -> Result<Value, Error> {
         Some("VMTarget") => through::<VMTarget>(object),
         Some("VMSnapshot") => through::<VMSnapshot>(object),
         Some("VMSnapshotClass") => through::<VMSnapshotClass>(object),
+        Some("VMRestore") => through::<VMRestore>(object),
+        Some("VMRestoreContent") => through::<VMRestoreContent>(object),
         Some("VMSnapshotContent") => through::<VMSnapshotContent>(object),
         other => panic!("no type for kind {other:?}"),
     }
