@@ -68,7 +68,7 @@ pub enum RestorePhase {
         .message("a restore in place overwrites disks: set confirm to the uid of the VMSnapshot"),
     validation = Rule::new("!(has(self.target.newVM) && has(self.stopVM) && self.stopVM)")
         .message("stopVM is for a restore in place; a new VM's images leave the old one running"),
-    validation = Rule::new("(has(oldSelf.dryRun) && oldSelf.dryRun) || self.?confirm == oldSelf.?confirm")
+    validation = Rule::new("(has(oldSelf.dryRun) && oldSelf.dryRun) || has(self.confirm) == has(oldSelf.confirm) && (!has(self.confirm) || self.confirm == oldSelf.confirm)")
         .message("confirm is immutable but in a dry run"),
     validation = Rule::new("!(has(self.dryRun) && self.dryRun) || (has(oldSelf.dryRun) && oldSelf.dryRun)")
         .message("dryRun can only be taken away")
@@ -89,7 +89,7 @@ pub struct VMRestoreSpec {
     pub confirm: Option<String>,
     /// Whether a VM that runs is shut down for a restore in place: by the guest's power button, and after
     /// `stopTimeout` by force. Set by the user; false when absent: then a VM that runs is refused. Immutable.
-    #[serde(default, rename = "stopVM", skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default, rename = "stopVM")]
     #[x_kube(validation = Rule::new("self == oldSelf").message("stopVM is immutable"))]
     pub stop_vm: bool,
     /// How long the guest may take to shut down before its QEMU is ended. Set by the user, 1s to 1h; 2m when absent.
