@@ -2,7 +2,9 @@
 
 use std::fmt::Debug;
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use freezeframe_api::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget,
+};
 use futures::{Stream, TryStreamExt as _};
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::store::Writer;
@@ -28,7 +30,9 @@ pub struct Caches {
     pub targets: Store<Guarded<VMTarget>>,
     /// All classes.
     pub classes: Store<Guarded<VMSnapshotClass>>,
-    filled: [CancellationToken; 4],
+    /// The restores of all namespaces.
+    pub restores: Store<Guarded<VMRestore>>,
+    filled: Vec<CancellationToken>,
 }
 
 /// Where the watches put what they see.
@@ -41,6 +45,10 @@ pub struct Sources {
     pub targets: Source<VMTarget>,
     /// Fills [`Caches::classes`].
     pub classes: Source<VMSnapshotClass>,
+    /// Fills [`Caches::restores`].
+    pub restores: Source<VMRestore>,
+    /// Wakes restores; what they rest on is asked of the server.
+    pub restore_contents: Source<VMRestoreContent>,
 }
 
 /// Fills the cache of one kind.
@@ -60,19 +68,24 @@ impl Caches {
         let (contents, content_source) = cache();
         let (targets, target_source) = cache();
         let (classes, class_source) = cache();
-        let filled = [
+        let (restores, restore_source) = cache();
+        let (_, restore_content_source) = cache();
+        let filled = vec![
             snapshot_source.filled.clone(),
             content_source.filled.clone(),
             target_source.filled.clone(),
             class_source.filled.clone(),
+            restore_source.filled.clone(),
         ];
         let sources = Sources {
             snapshots: snapshot_source,
             contents: content_source,
             targets: target_source,
             classes: class_source,
+            restores: restore_source,
+            restore_contents: restore_content_source,
         };
-        (Self { snapshots, contents, targets, classes, filled }, sources)
+        (Self { snapshots, contents, targets, classes, restores, filled }, sources)
     }
 
     /// Returns when each cache has been filled once: before that, absence from one means nothing.

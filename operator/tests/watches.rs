@@ -19,7 +19,7 @@ use support::{Call, Server, server};
 use tokio_util::sync::CancellationToken;
 
 /// What the server has when the operator starts, by plural.
-type Lists = [(&'static str, Value); 4];
+type Lists = [(&'static str, Value); 6];
 
 fn lists(snapshots: &[VMSnapshot], contents: Value, targets: Value, classes: Value) -> Lists {
     [
@@ -27,6 +27,8 @@ fn lists(snapshots: &[VMSnapshot], contents: Value, targets: Value, classes: Val
         ("vmsnapshotcontents", contents),
         ("vmtargets", targets),
         ("vmsnapshotclasses", classes),
+        ("vmrestores", json!([])),
+        ("vmrestorecontents", json!([])),
     ]
 }
 

@@ -8,8 +8,8 @@ use schemars::SchemaGenerator;
 use serde_json::Value;
 
 use crate::v1alpha1::{
-    VMRestoreContentSpec, VMRestoreContentStatus, VMRestoreSpec, VMRestoreStatus, VMSnapshotClassSpec, VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotSpec, VMSnapshotStatus,
-    VMTargetStatus,
+    VMRestoreContentSpec, VMRestoreContentStatus, VMRestoreSpec, VMRestoreStatus, VMSnapshotClassSpec,
+    VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotSpec, VMSnapshotStatus, VMTargetStatus,
 };
 
 /// For each enumeration of the API, known by its values, one line a value.

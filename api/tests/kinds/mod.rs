@@ -1,6 +1,8 @@
 //! From any object of the API to its type.
 
-use freezeframe_api::v1alpha1::{VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
+use freezeframe_api::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Error, Value};

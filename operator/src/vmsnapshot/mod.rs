@@ -25,6 +25,7 @@ use freezeframe_api::v1alpha1::VMSnapshot;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 
+pub use order::label_value;
 pub use queue::{is_settled, keeps_nobody_waiting, same_vm};
 
 use crate::caches::Guarded;

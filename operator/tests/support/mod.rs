@@ -97,5 +97,6 @@ pub fn operator(snapshots: Vec<VMSnapshot>, contents: Vec<VMSnapshotContent>) ->
     sources.contents.fill(contents);
     sources.targets.fill([objects::target()]);
     sources.classes.fill([objects::class()]);
+    sources.restores.fill([]);
     (Arc::new(Context::new(client, caches, Metrics::default(), None)), server, sources)
 }
