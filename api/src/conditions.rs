@@ -106,6 +106,22 @@ pub mod reasons {
     pub const RETAINED: &str = "Retained";
     /// Artifacts couldn't be deleted yet; it is tried again.
     pub const DELETE_FAILED: &str = "DeleteFailed";
+    /// The VMSnapshot to be restored doesn't exist.
+    pub const SNAPSHOT_NOT_FOUND: &str = "SnapshotNotFound";
+    /// The VMSnapshot to be restored has no complete data.
+    pub const SNAPSHOT_NOT_READY: &str = "SnapshotNotReady";
+    /// `confirm` isn't the UID of the VMSnapshot that has the name now.
+    pub const NOT_CONFIRMED: &str = "NotConfirmed";
+    /// The VM runs, and may not be stopped.
+    pub const VM_RUNNING: &str = "VMRunning";
+    /// There is a VM of the new one's name already.
+    pub const VM_EXISTS: &str = "VMExists";
+    /// The state before a restore couldn't be kept.
+    pub const PRE_RESTORE_FAILED: &str = "PreRestoreFailed";
+    /// A disk couldn't be brought back; the VM is as it was.
+    pub const RESTORE_FAILED: &str = "RestoreFailed";
+    /// A dry run: nothing was done.
+    pub const PLANNED: &str = "Planned";
     /// `hold: true` keeps the snapshot.
     pub const HELD: &str = "Held";
     /// An administrator has stopped everything of the class, by its annotation.

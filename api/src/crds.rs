@@ -7,7 +7,9 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-use crate::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget};
+use crate::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget,
+};
 use meanings::Meanings;
 
 /// The definition of every kind, in the order in which a reader meets them.
@@ -20,6 +22,8 @@ pub fn all() -> Vec<CustomResourceDefinition> {
         VMSnapshotSchedule::crd(),
         VMSnapshotClass::crd(),
         VMSnapshotContent::crd(),
+        VMRestore::crd(),
+        VMRestoreContent::crd(),
     ];
     let validations = crds.iter_mut().flat_map(|crd| &mut crd.spec.versions).flat_map(|version| &mut version.schema);
     for schema in validations.flat_map(|validation| &mut validation.open_api_v3_schema) {

@@ -20,6 +20,9 @@ pub const SNAPSHOT_FINALIZER: &str = "freezeframe.dev/snapshot";
 /// artifacts gone, or left alone.
 pub const CONTENT_FINALIZER: &str = "freezeframe.dev/content";
 
+/// Finalizer of the operator on a [`v1alpha1::VMRestore`]: removed when the content is gone.
+pub const RESTORE_FINALIZER: &str = "freezeframe.dev/restore";
+
 /// Field manager of the operator's writes.
 pub const OPERATOR_MANAGER: &str = "freezeframe-operator";
 
@@ -52,3 +55,9 @@ pub const SCHEDULED_TIME_ANNOTATION: &str = "freezeframe.dev/scheduled-time";
 /// Annotation on a [`v1alpha1::VMSnapshotClass`] that stops everything of that class in an emergency, with the value
 /// `"true"`: no snapshot is begun, schedules take none, and retention removes none.
 pub const PAUSED_ANNOTATION: &str = "freezeframe.dev/paused";
+/// Label on a restore's content, and on the snapshot that keeps what it replaced: namespace of the restore.
+pub const RESTORE_NAMESPACE_LABEL: &str = "freezeframe.dev/restore-namespace";
+
+/// Label on a restore's content, and on the snapshot that keeps what it replaced: name of the restore, cut to 63
+/// characters.
+pub const RESTORE_NAME_LABEL: &str = "freezeframe.dev/restore-name";

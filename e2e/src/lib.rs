@@ -17,6 +17,7 @@ mod node_vm;
 mod ports;
 mod process;
 mod programs;
+pub mod restores;
 pub mod snapshots;
 mod tool;
 mod wait;

@@ -11,5 +11,6 @@ pub mod hypervisor;
 pub mod locks;
 pub mod metrics;
 mod report;
+pub mod restore;
 pub mod session;
 pub mod targets;

@@ -11,6 +11,7 @@ use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::locks::VmLocks;
 use freezeframe_node_agent::metrics::Metrics;
+use freezeframe_node_agent::restore::{Restores, controller as restore_controller};
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::targets::Targets;
@@ -53,7 +54,17 @@ async fn main() -> anyhow::Result<()> {
     };
     tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
     let targets = tokio::spawn(targets.run(shutdown.token()));
+    let restores = Restores { sessions: sessions.clone(), journal: Journal::open(args.state_dir.join("restores"))? };
+    let restores = restore_controller::Context {
+        client: client.clone(),
+        restores: Arc::new(restores),
+        locks: locks.clone(),
+        metrics: metrics.clone(),
+    };
+    let (node, stop) = (args.node_name.clone(), shutdown.token());
+    let restores = tokio::spawn(async move { restore_controller::run(restores, &node, stop).await });
     controller::run(Context { client, sessions, locks, metrics }, &args.node_name, shutdown.token()).await;
+    restores.await.context("restoring ended badly")?;
     targets.await.context("publishing targets ended badly")?;
     admin.await.context("the admin server ended badly")??;
     tracing::info!("agent ends");

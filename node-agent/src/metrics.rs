@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use freezeframe_api::conditions;
 use freezeframe_api::conditions::types;
-use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContentStatus};
+use freezeframe_api::v1alpha1::{ContentPhase, RestoreContentPhase, VMRestoreContentStatus, VMSnapshotContentStatus};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -12,10 +12,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-/// Labels of a finished session; both have few values.
+/// Labels of a finished session or restore; both have few values.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ResultLabels {
-    /// `Ready` or `Failed`.
+    /// `Ready`, or `Succeeded` for a restore; else `Failed`.
     pub result: String,
     /// The condition reason.
     pub reason: String,
@@ -29,6 +29,7 @@ pub struct Metrics {
     hold: Histogram,
     pause: Histogram,
     deletions: Counter,
+    restores: Family<ResultLabels, Counter>,
     targets: Gauge,
     orphans: Gauge,
 }
@@ -43,6 +44,7 @@ impl Metrics {
             hold: buckets(),
             pause: buckets(),
             deletions: Counter::default(),
+            restores: Family::default(),
             targets: Gauge::default(),
             orphans: Gauge::default(),
         };
@@ -55,6 +57,7 @@ impl Metrics {
         time(registry, "hold", "Freeze answered to thaw sent: our part", &metrics.hold);
         time(registry, "pause", "Virtual CPUs stopped by us, where they were", &metrics.pause);
         registry.register("deletions", "Snapshots deleted on this node", metrics.deletions.clone());
+        registry.register("restores", "Restores that ended on this node", metrics.restores.clone());
         registry.register("targets", "VMs found on this node", metrics.targets.clone());
         registry.register(
             "orphans",
@@ -85,6 +88,17 @@ impl Metrics {
     /// Counts a deletion that ended.
     pub fn deletion_ended(&self) {
         self.deletions.inc();
+    }
+
+    /// Counts a restore that ended.
+    pub fn restore_ended(&self, status: &VMRestoreContentStatus) {
+        let result = match status.phase {
+            Some(RestoreContentPhase::Succeeded) => "Succeeded",
+            Some(RestoreContentPhase::Failed) => "Failed",
+            _ => return,
+        };
+        let reason = conditions::find(&status.conditions, types::READY).map_or("", |ready| &ready.reason);
+        self.restores.get_or_create(&ResultLabels { result: result.into(), reason: reason.into() }).inc();
     }
 
     /// Sets the number of VMs.

@@ -1,11 +1,15 @@
 //! Reporting to the API: only `status`, only of this node's objects, only when something changed.
 
+use std::fmt::Debug;
 use std::time::Duration;
 
 use freezeframe_api::AGENT_MANAGER;
 use freezeframe_api::v1alpha1::{VMSnapshotContent, VMSnapshotContentStatus};
 use kube::api::{Patch, PatchParams};
+use kube::core::ClusterResourceScope;
 use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -46,15 +50,23 @@ pub async fn report(
     if content.status.as_ref() == Some(status) {
         return Ok(());
     }
-    let name = content.name_any();
+    write_status(client, content, status).await
+}
+
+/// Writes an object's status. An object that is gone needs no report.
+pub async fn write_status<K>(client: &Client, object: &K, status: &impl Serialize) -> Result<(), ReportError>
+where
+    K: Resource<DynamicType = (), Scope = ClusterResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    let name = object.name_any();
     // The UID fences: an object of the same name that isn't the one we worked for refuses the write.
     let patch = json!({
-        "apiVersion": VMSnapshotContent::api_version(&()),
-        "kind": VMSnapshotContent::kind(&()),
-        "metadata": {"name": name, "uid": content.uid()},
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": {"name": name, "uid": object.uid()},
         "status": status,
     });
-    let api: Api<VMSnapshotContent> = Api::all(client.clone());
+    let api: Api<K> = Api::all(client.clone());
     let parameters = PatchParams::apply(AGENT_MANAGER).force();
     let written = call(&format!("status of {name}"), api.patch_status(&name, &parameters, &Patch::Apply(patch))).await;
     match written {

@@ -2,7 +2,9 @@
 
 use std::fmt::Debug;
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget};
+use freezeframe_api::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget,
+};
 use futures::{Stream, TryStreamExt as _};
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::store::Writer;
@@ -30,7 +32,9 @@ pub struct Caches {
     pub classes: Store<Guarded<VMSnapshotClass>>,
     /// The schedules of all namespaces.
     pub schedules: Store<Guarded<VMSnapshotSchedule>>,
-    filled: [CancellationToken; 5],
+    /// The restores of all namespaces.
+    pub restores: Store<Guarded<VMRestore>>,
+    filled: Vec<CancellationToken>,
 }
 
 /// Where the watches put what they see.
@@ -45,6 +49,10 @@ pub struct Sources {
     pub classes: Source<VMSnapshotClass>,
     /// Fills [`Caches::schedules`].
     pub schedules: Source<VMSnapshotSchedule>,
+    /// Fills [`Caches::restores`].
+    pub restores: Source<VMRestore>,
+    /// Wakes restores; what they rest on is asked of the server.
+    pub restore_contents: Source<VMRestoreContent>,
 }
 
 /// Fills the cache of one kind.
@@ -65,12 +73,15 @@ impl Caches {
         let (targets, target_source) = cache();
         let (classes, class_source) = cache();
         let (schedules, schedule_source) = cache();
-        let filled = [
+        let (restores, restore_source) = cache();
+        let (_, restore_content_source) = cache();
+        let filled = vec![
             snapshot_source.filled.clone(),
             content_source.filled.clone(),
             target_source.filled.clone(),
             class_source.filled.clone(),
             schedule_source.filled.clone(),
+            restore_source.filled.clone(),
         ];
         let sources = Sources {
             snapshots: snapshot_source,
@@ -78,8 +89,10 @@ impl Caches {
             targets: target_source,
             classes: class_source,
             schedules: schedule_source,
+            restores: restore_source,
+            restore_contents: restore_content_source,
         };
-        (Self { snapshots, contents, targets, classes, schedules, filled }, sources)
+        (Self { snapshots, contents, targets, classes, schedules, restores, filled }, sources)
     }
 
     /// Returns when each cache has been filled once: before that, absence from one means nothing.

@@ -6,7 +6,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotSchedule, VMTarget};
+use freezeframe_api::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotSchedule, VMTarget,
+};
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use kube::runtime::controller::{Action, Config, Controller, Error as ControllerError};
@@ -16,11 +18,11 @@ use kube::{Resource, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info_span, warn};
 
-use crate::caches::{Caches, Guarded, Sources};
+use crate::caches::{Caches, Guarded, Source, Sources};
 use crate::context::Context;
 use crate::error::Error;
-use crate::wakes::{self, Ref};
-use crate::{content, schedule, vmsnapshot};
+use crate::wakes::{self, Ref, RestoreRef};
+use crate::{content, restore, schedule, vmsnapshot};
 
 /// Objects of one kind that are worked on at a time: each waits for the server most of the time.
 const CONCURRENCY: u16 = 16;
@@ -33,10 +35,15 @@ const LINGER: Duration = Duration::from_secs(10);
 pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
     let (of_content, woken) = unbounded();
     let (of_snapshot, cache) = (of_content.clone(), ctx.caches.snapshots.clone());
+    let (of_restore, woken_restores) = unbounded();
+    let (restore_of_snapshot, restores) = (of_restore.clone(), ctx.caches.restores.clone());
     let contents = sources.contents.watch(ctx.client.clone());
     let contents = contents.inspect_ok(move |content| wake(&of_content, wakes::by_content(content)));
     let snapshots = sources.snapshots.watch(ctx.client.clone());
-    let snapshots = snapshots.inspect_ok(move |snapshot| wake(&of_snapshot, wakes::by_snapshot(&cache, snapshot)));
+    let snapshots = snapshots.inspect_ok(move |snapshot| {
+        wake(&of_snapshot, wakes::by_snapshot(&cache, snapshot));
+        wake(&restore_of_snapshot, wakes::restores_by_snapshot(&restores, snapshot));
+    });
     let schedules = sources.schedules.watch(ctx.client.clone());
     let (due, of_schedules) = Schedules::new(&ctx);
     let snapshots = due.wake_on(snapshots, schedule::wakes::by_snapshot);
@@ -66,14 +73,41 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
             |object, error, ctx| error_policy(vmsnapshot::CONTROLLER, &*object, error, &ctx),
             ctx.clone(),
         );
-    tokio::select! {
-        _ = async { futures::join!(
+    let of_restores =
+        restore_controller(&ctx, sources.restores, sources.restore_contents, (of_restore, woken_restores))
+            .graceful_shutdown_on(stop.clone().cancelled_owned())
+            .run(
+                |object, ctx| measured(restore::CONTROLLER, restore::reconcile, object, ctx),
+                |object, error, ctx| error_policy(restore::CONTROLLER, &*object, error, &ctx),
+                ctx.clone(),
+            );
+    let all = async {
+        futures::join!(
             of_contents.for_each(report),
             of_snapshots.for_each(report),
-            of_schedules.for_each(report)
-        ) } => {}
+            of_schedules.for_each(report),
+            of_restores.for_each(report),
+        )
+    };
+    tokio::select! {
+        _ = all => {}
         () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => warn!("reconciles were cut off"),
     }
+}
+
+fn restore_controller(
+    ctx: &Context,
+    restores: Source<VMRestore>,
+    contents: Source<VMRestoreContent>,
+    (of_restore, woken): (UnboundedSender<RestoreRef>, UnboundedReceiver<RestoreRef>),
+) -> Controller<Guarded<VMRestore>> {
+    let cache = ctx.caches.restores.clone();
+    let restores = restores.watch(ctx.client.clone());
+    let restores = restores.inspect_ok(move |restore| wake(&of_restore, wakes::restores_by_restore(&cache, restore)));
+    Controller::for_stream(restores, ctx.caches.restores.clone())
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .reconcile_on(woken)
+        .watches_stream(contents.watch(ctx.client.clone()), |content| wakes::by_restore_content(&content))
 }
 
 fn snapshot_controller(
@@ -114,7 +148,7 @@ impl Schedules {
     }
 }
 
-fn wake<T>(wakes: &UnboundedSender<T>, objects: impl IntoIterator<Item = T>) {
+fn wake<R>(wakes: &UnboundedSender<R>, objects: impl IntoIterator<Item = R>) {
     for object in objects {
         // The receiver is gone when the controller is; then there is nobody to wake.
         if wakes.unbounded_send(object).is_err() {

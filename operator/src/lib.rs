@@ -13,6 +13,7 @@ pub mod events;
 mod fixtures;
 pub mod leader;
 pub mod metrics;
+pub mod restore;
 mod retention;
 pub mod retries;
 pub mod schedule;

@@ -2,16 +2,22 @@
 
 use std::sync::Arc;
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget};
-use freezeframe_api::{SNAPSHOT_NAME_LABEL, SNAPSHOT_NAMESPACE_LABEL};
+use freezeframe_api::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMTarget,
+};
+use freezeframe_api::{RESTORE_NAME_LABEL, RESTORE_NAMESPACE_LABEL, SNAPSHOT_NAME_LABEL, SNAPSHOT_NAMESPACE_LABEL};
 use kube::ResourceExt as _;
 use kube::runtime::reflector::{ObjectRef, Store};
 
 use crate::caches::Guarded;
+use crate::restore;
 use crate::vmsnapshot::{is_settled, keeps_nobody_waiting, same_vm};
 
 /// A snapshot to be looked at.
 pub type Ref = ObjectRef<Guarded<VMSnapshot>>;
+
+/// A restore to be looked at.
+pub type RestoreRef = ObjectRef<Guarded<VMRestore>>;
 
 /// A content's report, or its end, is its snapshot's news. One that can't be read has its labels still.
 pub fn by_content(content: &Guarded<VMSnapshotContent>) -> Option<Ref> {
@@ -42,6 +48,39 @@ pub fn by_target(cache: &Store<Guarded<VMSnapshot>>, target: &Guarded<VMTarget>)
 pub fn by_class(cache: &Store<Guarded<VMSnapshot>>, class: &Guarded<VMSnapshotClass>) -> Vec<Ref> {
     let name = class.name_any();
     unsettled(cache, |snapshot| snapshot.spec.class_name.as_ref().is_none_or(|wanted| *wanted == name))
+}
+
+/// A restore's content is its restore's news, too.
+pub fn by_restore_content(content: &Guarded<VMRestoreContent>) -> Option<RestoreRef> {
+    let (namespace, name) = match &content.0 {
+        Ok(content) => (&content.spec.vm_restore_ref.namespace, &content.spec.vm_restore_ref.name),
+        Err(_) => (content.labels().get(RESTORE_NAMESPACE_LABEL)?, content.labels().get(RESTORE_NAME_LABEL)?),
+    };
+    Some(ObjectRef::new(name).within(namespace))
+}
+
+/// A snapshot is news to the restores that are of it, or that wait for it to keep what they are to replace.
+pub fn restores_by_snapshot(cache: &Store<Guarded<VMRestore>>, snapshot: &Guarded<VMSnapshot>) -> Vec<RestoreRef> {
+    let (namespace, name) = (snapshot.namespace(), snapshot.name_any());
+    let waits = |restore: &VMRestore| {
+        let before = restore.status.as_ref().and_then(|status| status.pre_restore_snapshot_name.as_ref());
+        restore.namespace() == namespace && (restore.spec.snapshot_name == name || before == Some(&name))
+    };
+    unsettled_restores(cache, waits)
+}
+
+/// So is a restore that came to its end to the others of its namespace, which may have waited for it.
+pub fn restores_by_restore(cache: &Store<Guarded<VMRestore>>, touched: &Guarded<VMRestore>) -> Vec<RestoreRef> {
+    let ended = touched.0.as_ref().is_ok_and(restore::is_settled) || cache.get(&ObjectRef::from_obj(touched)).is_none();
+    let (namespace, uid) = (touched.namespace(), touched.uid());
+    unsettled_restores(cache, |other| ended && other.namespace() == namespace && other.uid() != uid)
+}
+
+fn unsettled_restores(cache: &Store<Guarded<VMRestore>>, wanted: impl Fn(&VMRestore) -> bool) -> Vec<RestoreRef> {
+    let matches = |object: &Arc<Guarded<VMRestore>>| {
+        object.0.as_ref().is_ok_and(|restore| !restore::is_settled(restore) && wanted(restore))
+    };
+    cache.state().iter().filter(|object| matches(object)).map(|object| ObjectRef::from_obj(&**object)).collect()
 }
 
 fn unsettled(cache: &Store<Guarded<VMSnapshot>>, wanted: impl Fn(&VMSnapshot) -> bool) -> Vec<Ref> {

@@ -19,7 +19,7 @@ use support::{Call, Server, server};
 use tokio_util::sync::CancellationToken;
 
 /// What the server has when the operator starts, by plural.
-type Lists = [(&'static str, Value); 5];
+type Lists = [(&'static str, Value); 7];
 
 fn lists(snapshots: &[VMSnapshot], contents: Value, targets: Value, classes: Value) -> Lists {
     [
@@ -28,6 +28,8 @@ fn lists(snapshots: &[VMSnapshot], contents: Value, targets: Value, classes: Val
         ("vmtargets", targets),
         ("vmsnapshotclasses", classes),
         ("vmsnapshotschedules", json!([])),
+        ("vmrestores", json!([])),
+        ("vmrestorecontents", json!([])),
     ]
 }
 

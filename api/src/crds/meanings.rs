@@ -8,8 +8,9 @@ use schemars::SchemaGenerator;
 use serde_json::Value;
 
 use crate::v1alpha1::{
-    VMSnapshotClassSpec, VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotScheduleSpec, VMSnapshotSpec,
-    VMSnapshotStatus, VMTargetStatus,
+    VMRestoreContentSpec, VMRestoreContentStatus, VMRestoreSpec, VMRestoreStatus, VMSnapshotClassSpec,
+    VMSnapshotContentSpec, VMSnapshotContentStatus, VMSnapshotScheduleSpec, VMSnapshotSpec, VMSnapshotStatus,
+    VMTargetStatus,
 };
 
 /// For each enumeration of the API, known by its values, one line a value.
@@ -27,6 +28,10 @@ impl Meanings {
         generator.subschema_for::<VMSnapshotClassSpec>();
         generator.subschema_for::<VMSnapshotContentSpec>();
         generator.subschema_for::<VMSnapshotContentStatus>();
+        generator.subschema_for::<VMRestoreSpec>();
+        generator.subschema_for::<VMRestoreStatus>();
+        generator.subschema_for::<VMRestoreContentSpec>();
+        generator.subschema_for::<VMRestoreContentStatus>();
         Self(generator.take_definitions(true).values().filter_map(enumeration).collect())
     }
 

@@ -4,9 +4,12 @@
 mod consistency;
 mod disks;
 mod quiesce;
+mod restored;
 mod retention;
 mod template;
 mod verify;
+mod vmrestore;
+mod vmrestorecontent;
 mod vmsnapshot;
 mod vmsnapshotclass;
 mod vmsnapshotcontent;
@@ -16,9 +19,15 @@ mod vmtarget;
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
 pub use quiesce::{Pause, Quiesce};
+pub use restored::{BootCheck, BootResult, RestoreMode, RestoreVerify, RestoredDisk, RestoredDiskState};
 pub use retention::{Keep, KeptSnapshot, RetentionPlan};
 pub use template::{SnapshotTemplate, TargetSelector};
 pub use verify::Verify;
+pub use vmrestore::{RestorePhase, RestoreTarget, VMRestore, VMRestoreSpec, VMRestoreStatus};
+pub use vmrestorecontent::{
+    RestoreContentPhase, RestoreRef, RestoreStep, SnapshotContentRef, VMRestoreContent, VMRestoreContentSpec,
+    VMRestoreContentStatus,
+};
 pub use vmsnapshot::{DeletionPolicy, Phase, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus};
 pub use vmsnapshotclass::{ClassDriver, VMSnapshotClass, VMSnapshotClassSpec};
 pub use vmsnapshotcontent::{

@@ -1,6 +1,8 @@
 //! From any object of the API to its type.
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget};
+use freezeframe_api::v1alpha1::{
+    VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass, VMSnapshotContent, VMSnapshotSchedule, VMTarget,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Error, Value};
@@ -12,6 +14,8 @@ pub fn round_trip(object: &Value) -> Result<Value, Error> {
         Some("VMSnapshot") => through::<VMSnapshot>(object),
         Some("VMSnapshotSchedule") => through::<VMSnapshotSchedule>(object),
         Some("VMSnapshotClass") => through::<VMSnapshotClass>(object),
+        Some("VMRestore") => through::<VMRestore>(object),
+        Some("VMRestoreContent") => through::<VMRestoreContent>(object),
         Some("VMSnapshotContent") => through::<VMSnapshotContent>(object),
         other => panic!("no type for kind {other:?}"),
     }

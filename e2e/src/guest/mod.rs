@@ -157,6 +157,12 @@ impl Guest {
         Ok(self.stopped())
     }
 
+    /// QEMU ends by somebody else's doing.
+    pub async fn await_end(mut self) -> Result<Stopped> {
+        await_condition("QEMU to be ended", DOWN, async || self.process.exit_status()).await?;
+        Ok(self.stopped())
+    }
+
     /// The guest ends its load, unmounts and powers off.
     pub async fn quiesce_and_quit(mut self) -> Result<Stopped> {
         let mut control = UnixStream::connect(self.config.file("control.sock")).await?;

@@ -296,6 +296,11 @@ pub trait SnapshotDriver: Send + Sync {
         false
     }
 
+    /// Whether removing a task merges an image on top of its data into it, and otherwise finds such images and refuses.
+    fn merges(&self) -> bool {
+        false
+    }
+
     /// Lets a task's record follow its artifact, which another snapshot's removal moved.
     fn follow(&self, task: &mut DiskTask, to: &std::path::Path, _roots: &ImageRoots) -> Result<()> {
         if let Some(artifact) = &mut task.artifact {

@@ -31,6 +31,7 @@ use serde_json::{Value, json};
 use super::{Cut, DiskFacts, DiskTask, Env, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
+pub(crate) use prepare::dependents;
 use state::State;
 
 /// The driver.
@@ -107,6 +108,10 @@ impl SnapshotDriver for Overlay {
     fn is_half_removed(&self, task: &DiskTask) -> bool {
         // Whether it is done or not: the note of that comes later than the fact.
         task.state::<State>().is_ok_and(|state| state.merging.is_some())
+    }
+
+    fn merges(&self) -> bool {
+        true
     }
 
     fn follow(&self, task: &mut DiskTask, to: &Path, roots: &ImageRoots) -> Result<()> {

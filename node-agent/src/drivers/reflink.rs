@@ -14,15 +14,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
-use rustix::fs::{IFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Layer, Removal, Result};
 use super::{SnapshotDriver, Verdict, qemu_img};
 use crate::hypervisor::Vm;
 use crate::hypervisor::filesystem::Filesystem;
-use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
+use crate::hypervisor::image::{FileId, ImageError, ImageRoots};
+use crate::hypervisor::share::match_copy_on_write;
 
 /// Formats whose images are one file, so that a clone of the file is a clone of the image.
 const ONE_FILE: [&str; 7] = ["raw", "qcow2", "qed", "vdi", "vpc", "vhdx", "luks"];
@@ -174,7 +174,8 @@ fn make_clone(roots: &ImageRoots, image: &mut Image) -> Result<()> {
         directory.unlink(partial)?;
         let made = directory.create(partial, Mode::from_raw_mode(0o600))?;
         image.id = directory.id(partial)?;
-        copy_attributes(&directory, source, &made).map_err(|errno| ImageError::Io {
+        let like = directory.open(source, OFlags::RDONLY)?;
+        match_copy_on_write(&like, &made).map_err(|errno| ImageError::Io {
             doing: "give attributes to",
             path: image.partial(),
             source: errno.into(),
@@ -183,17 +184,6 @@ fn make_clone(roots: &ImageRoots, image: &mut Image) -> Result<()> {
     }
     let (source, target) = ends(roots, image)?;
     share(&source, &target, image)
-}
-
-/// btrfs shares data only between files that are both copied on write or both not.
-fn copy_attributes(directory: &ImageDirectory, source: &str, made: &OwnedFd) -> std::result::Result<(), Errno> {
-    let Ok(source) = directory.open(source, OFlags::RDONLY) else { return Err(Errno::NOENT) };
-    let wanted = rustix::fs::ioctl_getflags(&source)? & IFlags::NOCOW;
-    let found = rustix::fs::ioctl_getflags(made)?;
-    if found & IFlags::NOCOW == wanted {
-        return Ok(());
-    }
-    rustix::fs::ioctl_setflags(made, (found - IFlags::NOCOW) | wanted)
 }
 
 /// Both ends of a clone, opened.

@@ -6,6 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use k8s_openapi::jiff::Timestamp;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -164,6 +165,20 @@ impl ImageDirectory {
         self.sync()
     }
 
+    /// Lets two names change hands at once, on disk before this returns.
+    pub fn exchange(&self, a: &str, b: &str) -> Result<()> {
+        rustix::fs::renameat_with(&self.fd, a, &self.fd, b, RenameFlags::EXCHANGE)
+            .map_err(|source| io_error("exchange names with", &self.join(a), source))?;
+        self.sync()
+    }
+
+    /// Makes a file without a name, which is gone when it is closed.
+    pub fn unnamed(&self) -> Result<OwnedFd> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.fd, ".", flags, Mode::from_raw_mode(0o600))
+            .map_err(|source| io_error("make a file in", &self.path, source))
+    }
+
     /// Removes a name, on disk before this returns; a free name is fine.
     pub fn unlink(&self, name: &str) -> Result<()> {
         match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
@@ -181,6 +196,14 @@ impl ImageDirectory {
     pub fn sync_file(&self, name: &str) -> Result<()> {
         let file = self.open(name, OFlags::RDONLY)?;
         rustix::fs::fsync(&file).map_err(|source| io_error("sync", &self.join(name), source))
+    }
+
+    /// When a file's data was last changed, by the file system.
+    pub fn written_at(&self, name: &str) -> Result<Timestamp> {
+        let io = |source: std::io::Error| ImageError::Io { doing: "examine", path: self.join(name), source };
+        let file = std::fs::File::from(self.open(name, OFlags::RDONLY)?);
+        let modified = file.metadata().and_then(|found| found.modified()).map_err(io)?;
+        Timestamp::try_from(modified).map_err(|error| io(std::io::Error::other(error)))
     }
 
     /// Names of all files in it.

@@ -9,8 +9,10 @@ pub mod disks;
 pub mod filesystem;
 pub mod graph;
 pub mod image;
+pub mod lock;
 pub mod offline;
 pub mod qcow2;
+pub mod share;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

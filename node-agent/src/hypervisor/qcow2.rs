@@ -44,6 +44,14 @@ pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError
     Ok(Header { virtual_size: be64(&prefix[24..32]), backing })
 }
 
+/// Whether an image has its data in another file (bit 2 of the incompatible features, from version 3 on).
+pub fn has_external_data(image: &mut (impl Read + Seek)) -> Result<bool, HeaderError> {
+    let mut prefix = [0_u8; 80];
+    image.seek(SeekFrom::Start(0))?;
+    image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
+    Ok(be32(&prefix[4..8]) >= 3 && be64(&prefix[72..80]) & (1 << 2) != 0)
+}
+
 fn read_backing(image: &mut (impl Read + Seek), offset: u64, length: u32) -> Result<String, HeaderError> {
     if length > LONGEST_NAME {
         return Err(HeaderError::BadBacking);

@@ -102,7 +102,7 @@ async fn complete_and_verify(
 }
 
 /// Resolves when the snapshot is not wanted any more.
-async fn cancelled(progress: &dyn Progress) {
+pub(crate) async fn cancelled(progress: &dyn Progress) {
     let mut beat = tokio::time::interval(LOOK_FOR_CANCEL);
     while !progress.cancelled() {
         beat.tick().await;

@@ -1,11 +1,13 @@
-//! What a session must remember over a crash: one file a snapshot, written before the effect it speaks of.
+//! What a session or a restore must remember over a crash: one file each, written before the effect it speaks of.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use freezeframe_api::v1alpha1::VMSnapshotContentStatus;
 use k8s_openapi::jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::order::Order;
@@ -44,6 +46,21 @@ pub struct SessionRecord {
     pub status: Option<VMSnapshotContentStatus>,
     /// When the record was begun.
     pub begun: Timestamp,
+    /// Directories in which restores made images on top of the snapshot's data.
+    #[serde(default)]
+    pub linked_in: Vec<PathBuf>,
+}
+
+/// What a journal keeps: one record for each object's UID.
+pub trait Record: Serialize + DeserializeOwned {
+    /// UID of the object that the record is of.
+    fn uid(&self) -> &str;
+}
+
+impl Record for SessionRecord {
+    fn uid(&self) -> &str {
+        &self.order.uid
+    }
 }
 
 impl SessionRecord {
@@ -57,6 +74,7 @@ impl SessionRecord {
             measured: None,
             status: None,
             begun: Timestamp::now(),
+            linked_in: vec![],
         }
     }
 }
@@ -71,22 +89,23 @@ pub struct JournalError {
     source: io::Error,
 }
 
-/// The directory of all records.
+/// The directory of all records of one kind.
 #[derive(Clone, Debug)]
-pub struct Journal {
+pub struct Journal<R = SessionRecord> {
     directory: PathBuf,
+    records: PhantomData<R>,
 }
 
-impl Journal {
+impl<R: Record> Journal<R> {
     /// Opens the journal in `directory`, which is made if it isn't there.
     pub fn open(directory: PathBuf) -> Result<Self, JournalError> {
         fs::create_dir_all(&directory).map_err(failed("make", &directory))?;
-        Ok(Self { directory })
+        Ok(Self { directory, records: PhantomData })
     }
 
     /// Writes a record; it is on disk when this returns.
-    pub fn save(&self, record: &SessionRecord) -> Result<(), JournalError> {
-        let path = self.path(&record.order.uid);
+    pub fn save(&self, record: &R) -> Result<(), JournalError> {
+        let path = self.path(record.uid());
         let unfinished = path.with_extension("new");
         let text = serde_json::to_vec_pretty(record).map_err(io::Error::other);
         let write = || -> io::Result<()> {
@@ -99,8 +118,8 @@ impl Journal {
         write().map_err(failed("write", &path))
     }
 
-    /// The record of a snapshot; none if it was never begun here.
-    pub fn load(&self, uid: &str) -> Result<Option<SessionRecord>, JournalError> {
+    /// The record of an object; none if nothing was ever begun here.
+    pub fn load(&self, uid: &str) -> Result<Option<R>, JournalError> {
         let path = self.path(uid);
         match fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).map(Some).map_err(io::Error::from).map_err(failed("read", &path)),
@@ -110,7 +129,7 @@ impl Journal {
     }
 
     /// All records that can be read; others are left alone and logged.
-    pub fn all(&self) -> Result<Vec<SessionRecord>, JournalError> {
+    pub fn all(&self) -> Result<Vec<R>, JournalError> {
         let entries = fs::read_dir(&self.directory).map_err(failed("list", &self.directory))?;
         let mut records = vec![];
         for entry in entries {
@@ -124,7 +143,7 @@ impl Journal {
         Ok(records)
     }
 
-    /// Forgets a snapshot of which nothing is left.
+    /// Forgets an object of which nothing is left.
     pub fn forget(&self, uid: &str) -> Result<(), JournalError> {
         let path = self.path(uid);
         match fs::remove_file(&path) {

@@ -40,6 +40,7 @@ use crate::crash;
 use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
+pub(crate) use complete::cancelled;
 use journal::{Journal, JournalError, SessionRecord, Stage};
 use order::Order;
 use outcome::Failure;

@@ -10,6 +10,7 @@ use super::order::Order;
 use super::outcome::{self, chain};
 use super::window::{self, WindowError};
 use crate::drivers::{DriverError, Drivers, Env, Removal, Sibling};
+use crate::hypervisor::image::ImageError;
 use crate::hypervisor::{OpenError, Vm};
 
 /// A driver that needs more steps than this for one disk goes round in circles.
@@ -51,6 +52,12 @@ pub enum RemovalError {
     /// The agent has no such driver any more.
     #[error("this agent has no driver `{0}`")]
     UnknownDriver(String),
+    /// A restored image needs the data.
+    #[error("{0} was restored on top of the snapshot's data and needs it")]
+    Needed(PathBuf),
+    /// Images on top of the data can't be looked for.
+    #[error("images that need the snapshot's data can't be looked for")]
+    Links(#[source] Box<ImageError>),
     /// A driver doesn't come to an end.
     #[error("disk {0} isn't removed after {MOST_STEPS} steps")]
     Endless(String),
@@ -107,6 +114,10 @@ impl Sessions {
         let owed = self.guard.owed(&record.order.vm.to_string()).await;
         if !matches!(owed, Ok(false)) {
             return Err(RemovalError::Owed(record.order.vm.to_string()));
+        }
+        let needed = crate::restore::image_on_top(&self.roots, &self.drivers, record);
+        if let Some(image) = needed.map_err(|error| RemovalError::Links(Box::new(error)))? {
+            return Err(RemovalError::Needed(image));
         }
         self.finish_half_removed(record, &mut removed).await?;
         for at in 0..record.tasks.len() {

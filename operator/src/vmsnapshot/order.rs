@@ -76,7 +76,8 @@ fn metadata(snapshot: &SnapshotRef) -> ObjectMeta {
 }
 
 /// A name cut to a label's length; a label must not end with what a name may have in its middle.
-fn label_value(name: &str) -> String {
+#[must_use]
+pub fn label_value(name: &str) -> String {
     let cut: String = name.chars().take(LABEL_LENGTH).collect();
     cut.trim_end_matches(['-', '.']).to_owned()
 }

@@ -98,5 +98,6 @@ pub fn operator(snapshots: Vec<VMSnapshot>, contents: Vec<VMSnapshotContent>) ->
     sources.targets.fill([objects::target()]);
     sources.classes.fill([objects::class()]);
     sources.schedules.fill([]);
+    sources.restores.fill([]);
     (Arc::new(Context::new(client, caches, Metrics::default(), None)), server, sources)
 }

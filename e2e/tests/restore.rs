@@ -1,0 +1,111 @@
+//! Getting data back, of a guest that writes all the while. Needs `cargo xtask setup`.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use freezeframe_api::conditions::{find, reasons, types};
+use freezeframe_api::v1alpha1::{RestorePhase, RunState, VMRestore, VMSnapshot, VMTarget};
+use freezeframe_e2e::restores::{restore_phase, restored_images};
+use freezeframe_e2e::snapshots::{checksums, files, images};
+use freezeframe_e2e::{Disk, Format, World, WorldConfig, await_object, witness};
+use kube::{Api, ResourceExt};
+use serde_json::json;
+
+const SOON: Duration = Duration::from_secs(60);
+const VM: &str = "db-1";
+
+/// A world whose guest has written, was snapshotted, and has written more.
+async fn world_with_a_past() -> Result<(World, VMSnapshot)> {
+    let world = World::start(WorldConfig::default()).await?;
+    world.guest()?.await_records(20, SOON).await?;
+    let snapshot = world.take_ready("yesterday", VM).await?;
+    world.guest()?.await_records(20, SOON).await?;
+    Ok((world, snapshot))
+}
+
+fn disks(world: &World) -> Vec<Disk> {
+    ["vda.qcow2", "vdb.qcow2"].map(|name| Disk::existing(world.image_directory(VM).join(name), Format::Qcow2)).into()
+}
+
+fn records(images: &[Disk]) -> Result<Vec<u64>> {
+    let report = witness::check(images)?;
+    report.ensure_one_instant()?;
+    Ok(report.disks.iter().map(|disk| disk.records.whole).collect())
+}
+
+async fn before_of(world: &World, restore: &VMRestore) -> Result<VMSnapshot> {
+    let name = restore.status.as_ref().and_then(|status| status.pre_restore_snapshot_name.as_ref());
+    world.read_snapshot(name.context("no snapshot of before")?).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_in_place_brings_back_that_instant_and_can_be_undone() -> Result<()> {
+    let (mut world, snapshot) = world_with_a_past().await?;
+    let then = records(&images(&snapshot)?)?;
+
+    let restored = world.restore_in_place("back", &snapshot).await?;
+    let stopped = world.guest.take().context("a guest")?.await_end().await?;
+    let durable = stopped.records_written();
+    ensure!(records(&disks(&world))? == then, "not the data of the snapshot");
+    let guest = stopped.restart_same_command_line().await?;
+    guest.await_records(10, SOON).await?;
+    guest.quit()?;
+
+    world.restore_in_place("undo", &before_of(&world, &restored).await?).await?;
+    let undone = records(&disks(&world))?;
+    ensure!(undone.iter().all(|count| *count >= durable), "told durable: {durable}, found: {undone:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_vm_gets_the_snapshots_disks_while_the_old_one_goes_on() -> Result<()> {
+    let (world, snapshot) = world_with_a_past().await?;
+    let then = checksums(&images(&snapshot)?)?;
+    world.apply_restore("linked", &snapshot, json!({"target": {"newVM": "copy-1"}})).await?;
+    world.apply_restore("full", &snapshot, json!({"target": {"newVM": "copy-2"}, "mode": "Full"})).await?;
+    let (linked, full) = (world.await_success("linked").await?, world.await_success("full").await?);
+    for restore in [&linked, &full] {
+        ensure!(checksums(&restored_images(restore))? == then, "{} reads differently", restore.name_any());
+    }
+    world.guest()?.await_records(10, SOON).await?;
+    let targets: Api<VMTarget> = Api::namespaced(world.client.clone(), &world.namespace);
+    let is_listed = |target: &VMTarget| {
+        target.status.as_ref().is_some_and(|status| status.run_state == RunState::Stopped && status.disks.len() == 2)
+    };
+    await_object(&targets, "copy-1", "the new VM's target", SOON, is_listed).await?;
+
+    // The linked images need the snapshot's data; nobody else does.
+    world.start_deleting("yesterday").await?;
+    let is_needed = |snapshot: &VMSnapshot| {
+        let removed = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::REMOVED));
+        removed.is_some_and(|removed| removed.reason == reasons::DELETE_FAILED && removed.message.contains("copy-1"))
+    };
+    let kept = await_object(&world.snapshots(), "yesterday", "the deletion to wait", SOON, is_needed).await;
+    kept.map_err(|error| world.with_logs(error))?;
+    ensure!(checksums(&restored_images(&linked))? == then, "the linked images changed");
+    for image in restored_images(&linked) {
+        std::fs::remove_file(image.path)?;
+    }
+    world.await_gone("yesterday").await?;
+    ensure!(checksums(&restored_images(&full))? == then, "the independent images changed");
+    world.guest()?.await_records(10, SOON).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_overwritten_without_leave() -> Result<()> {
+    let (world, snapshot) = world_with_a_past().await?;
+    let found = files(&world.image_directory(VM))?;
+    world.apply_restore("dry", &snapshot, json!({"dryRun": true})).await?;
+    world.apply_restore("running", &snapshot, json!({"confirm": snapshot.uid()})).await?;
+    world.apply_restore("stranger", &snapshot, json!({"confirm": "another", "stopVM": true})).await?;
+    let dry = world.await_restore("dry").await?;
+    ensure!(restore_phase(&dry) == Some(RestorePhase::Planned), "{dry:#?}");
+    ensure!(dry.status.as_ref().is_some_and(|status| status.disks.len() == 2), "no plan: {dry:#?}");
+    for (name, reason) in [("running", reasons::VM_RUNNING), ("stranger", reasons::NOT_CONFIRMED)] {
+        let refused = world.await_restore(name).await?;
+        let ready = refused.status.as_ref().and_then(|status| find(&status.conditions, types::READY));
+        ensure!(ready.is_some_and(|ready| ready.reason == reason), "{name}: {refused:#?}");
+    }
+    ensure!(files(&world.image_directory(VM))? == found, "files came or went");
+    world.guest()?.await_records(10, SOON).await.map(drop)
+}

@@ -1,0 +1,229 @@
+//! A restore: one snapshot's disks brought back, in place or as a new VM's.
+//!
+//! ```text
+//!  plan ─► (in place: the VM stops, its state is kept as a snapshot) ─► make ─► switch ─► done
+//!                                                                        │        │
+//!                                          take back ◄───────────────────┴────────┘   (until the first name changes hands)
+//! ```
+//!
+//! - *plan*: what would be done; nothing is. A dry run ends here.
+//! - *stop*: a restore in place sees to it that the VM doesn't run. The operator then has the VM's state kept as a
+//!   snapshot of its own, and only says `Restore` when that is complete.
+//! - *make*: each new image, under a name of its own, complete and on disk.
+//! - *switch*: the images get the disks' names ([`switch`]), or a new VM gets its directory ([`new_vm`]).
+//!
+//! What is made is named in the journal first. A restore that a crash interrupted goes on where it was; one that failed
+//! or was cancelled is taken back, unless a name has changed hands: then it goes on.
+
+pub mod controller;
+mod links;
+mod make;
+mod new_vm;
+pub mod order;
+mod outcome;
+mod plan;
+pub mod record;
+mod removal;
+mod source;
+mod stop;
+mod switch;
+mod tool;
+
+use std::sync::Arc;
+
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreStep, VMRestoreContentStatus};
+use tokio::sync::watch;
+
+use crate::crash;
+use crate::session::journal::{Journal, JournalError};
+use crate::session::outcome::{Failure, chain};
+use crate::session::{Progress, Sessions, cancelled};
+pub(crate) use links::image_on_top;
+use order::RestoreOrder;
+pub(crate) use outcome::says_the_same;
+use record::{DiskRestore, Method, RestoreRecord, Stage};
+
+/// What restores of this node share.
+pub struct Restores {
+    /// The snapshots' records, and where VMs and images are.
+    pub sessions: Arc<Sessions>,
+    /// The records.
+    pub journal: Journal<RestoreRecord>,
+}
+
+/// Where a restore's progress is told while it works.
+pub type Told = watch::Sender<Option<VMRestoreContentStatus>>;
+
+/// What came of working on a restore.
+pub enum Turn {
+    /// Report this status; there is nothing more to do before the order changes.
+    Over(Box<VMRestoreContentStatus>),
+    /// Report this status, and try again later.
+    Again(Box<VMRestoreContentStatus>),
+}
+
+impl Restores {
+    /// Does what an order's step asks for, or goes on with what was interrupted. May be dropped at any await, and
+    /// called again.
+    pub async fn advance(
+        &self,
+        order: &RestoreOrder,
+        progress: &dyn Progress,
+        told: &Told,
+    ) -> Result<Turn, JournalError> {
+        let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress, told).await };
+        record.order.generation = order.generation;
+        match record.stage {
+            Stage::Open => self.work(&mut record, progress, told).await,
+            Stage::Switching => self.switch_again(&mut record).await,
+            Stage::Failed => self.take_back(&mut record),
+            Stage::Done | Stage::TakenBack => Ok(Turn::Over(Box::new(record.status.unwrap_or_default()))),
+        }
+    }
+
+    async fn begin(&self, order: &RestoreOrder, progress: &dyn Progress, told: &Told) -> Result<Turn, JournalError> {
+        let disks = match self.before(order, progress).await {
+            Ok(disks) => disks,
+            Err(failure) => {
+                tracing::warn!(reason = failure.reason, message = failure.message, "the restore was refused");
+                return Ok(Turn::Over(Box::new(outcome::failed(order, &[], &failure))));
+            }
+        };
+        let report = |phase| Ok(Turn::Over(Box::new(outcome::planned(order, &disks, phase))));
+        match order.step {
+            RestoreStep::Plan => report(RestoreContentPhase::Planned),
+            RestoreStep::Stop => report(RestoreContentPhase::Stopped),
+            RestoreStep::Restore => {
+                tracing::info!(disks = disks.len(), "bringing disks back");
+                let mut record = RestoreRecord::new(order, disks);
+                self.journal.save(&record)?;
+                crash::point("restore-planned");
+                self.work(&mut record, progress, told).await
+            }
+        }
+    }
+
+    /// Everything before something is made.
+    async fn before(&self, order: &RestoreOrder, progress: &dyn Progress) -> Result<Vec<DiskRestore>, Failure> {
+        if progress.cancelled() {
+            return Err(Failure::cancelled());
+        }
+        let disks = plan::plan(self, order).await?;
+        if order.new_vm.is_none() && order.step == RestoreStep::Stop {
+            stop::see_stopped(self, order, &disks, progress).await?;
+        }
+        Ok(disks)
+    }
+
+    async fn work(
+        &self,
+        record: &mut RestoreRecord,
+        progress: &dyn Progress,
+        told: &Told,
+    ) -> Result<Turn, JournalError> {
+        let made = tokio::select! {
+            biased;
+            () = cancelled(progress) => Err(Failure::cancelled()),
+            made = self.make(record, told) => made,
+        };
+        match made {
+            Ok(()) => self.switch(record).await,
+            Err(failure) => self.fail(record, &failure),
+        }
+    }
+
+    /// Makes all images.
+    async fn make(&self, record: &mut RestoreRecord, told: &Told) -> Result<(), Failure> {
+        if record.order.new_vm.is_none() {
+            stop::not_running(self, &record.order.vm).await?;
+        }
+        plan::check_space(self, &record.disks)?;
+        self.note_links(record)?;
+        let id = record.order.id();
+        for at in 0..record.disks.len() {
+            told.send_replace(Some(outcome::restoring(record, None)));
+            let percent = |percent| drop(told.send_replace(Some(outcome::restoring(record, Some((at, percent))))));
+            let made = make::make(self, &record.disks[at], &id, &percent).await?;
+            record.disks[at].made = Some(made);
+            self.journal.save(record)?;
+            crash::point("restore-made");
+        }
+        Ok(())
+    }
+
+    /// The snapshot's record says where images may depend on its data, before the first does.
+    fn note_links(&self, record: &RestoreRecord) -> Result<(), Failure> {
+        let Some(mut snapshot) = self.sessions.journal.load(&record.order.source)? else { return Ok(()) };
+        let before = snapshot.linked_in.len();
+        for disk in record.disks.iter().filter(|disk| disk.method == Method::Link) {
+            let directory = disk.path.parent().map(ToOwned::to_owned);
+            snapshot.linked_in.extend(directory.filter(|new| !snapshot.linked_in.contains(new)));
+        }
+        if snapshot.linked_in.len() != before {
+            self.sessions.journal.save(&snapshot)?;
+        }
+        Ok(())
+    }
+
+    /// From complete images to done.
+    async fn switch(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        let held = match record.order.new_vm {
+            None => match switch::make_ready(self, record).await {
+                Ok(held) => held,
+                Err(failure) => return self.fail(record, &failure),
+            },
+            Some(_) => vec![],
+        };
+        record.stage = Stage::Switching;
+        self.journal.save(record)?;
+        crash::point("restore-switching");
+        let turn = self.finish(record);
+        // Not before: no QEMU opens an old image while names change hands.
+        drop(held);
+        turn
+    }
+
+    /// A crash came in between. Where no name has changed hands the VM may have run since.
+    async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        match switch::has_begun(self, record) {
+            Ok(true) => self.finish(record),
+            Ok(false) => self.switch(record).await,
+            Err(error) => Ok(Turn::Again(Box::new(outcome::stuck(record, &chain(&error))))),
+        }
+    }
+
+    fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        let named = switch::give_names(self, record).map_err(|error| source::failed(&error));
+        let published = named.and_then(|()| match record.order.new_vm.clone() {
+            Some(vm) => new_vm::publish(self, record, &vm),
+            None => Ok(()),
+        });
+        match published {
+            Ok(()) => self.done(record),
+            Err(failure) if record.order.new_vm.is_some() => self.fail(record, &failure),
+            Err(failure) => {
+                tracing::error!(message = failure.message, "a restore can't be finished yet");
+                Ok(Turn::Again(Box::new(outcome::stuck(record, &failure.message))))
+            }
+        }
+    }
+
+    fn done(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        record.stage = Stage::Done;
+        let status = outcome::succeeded(record);
+        record.status = Some(status.clone());
+        self.journal.save(record)?;
+        crash::point("restore-done");
+        tracing::info!("the restore is complete");
+        Ok(Turn::Over(Box::new(status)))
+    }
+
+    fn fail(&self, record: &mut RestoreRecord, failure: &Failure) -> Result<Turn, JournalError> {
+        tracing::warn!(reason = failure.reason, message = failure.message, "the restore failed");
+        record.stage = Stage::Failed;
+        record.status = Some(outcome::failed(&record.order, &record.disks, failure));
+        self.journal.save(record)?;
+        crash::point("restore-failed");
+        self.take_back(record)
+    }
+}

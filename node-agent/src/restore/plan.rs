@@ -1,0 +1,197 @@
+//! What a restore would do: decided from what is there, nothing done. A dry run is this and nothing else.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::RestoreMode;
+
+use super::order::RestoreOrder;
+use super::record::{DiskRestore, Method};
+use super::source::{failed, has_backing, place, select, snapshot};
+use super::{Restores, tool};
+use crate::drivers::overlay::dependents;
+use crate::drivers::{Artifact, DiskTask};
+use crate::hypervisor::VmKey;
+use crate::hypervisor::image::ImageDirectory;
+use crate::hypervisor::share::can_share;
+use crate::session::outcome::Failure;
+
+/// Space that a file needs for its metadata, in bytes.
+const FILE_METADATA: u64 = 1 << 20;
+/// Space that a new layer needs before its first cluster of data, in bytes.
+const LAYER_METADATA: u64 = 4 << 20;
+
+/// The disks of an order, and how each comes back.
+pub async fn plan(restores: &Restores, order: &RestoreOrder) -> Result<Vec<DiskRestore>, Failure> {
+    let record = snapshot(restores, order)?;
+    if let Some(new) = &order.new_vm {
+        refuse_existing_vm(&restores.sessions.vm_root, new)?;
+    }
+    let mut disks = vec![];
+    for task in select(&record, order)? {
+        disks.push(plan_disk(restores, order, task).await?);
+    }
+    check_space(restores, &disks)?;
+    Ok(disks)
+}
+
+/// A VM is its directory, whatever is in it.
+pub fn refuse_existing_vm(root: &Path, vm: &VmKey) -> Result<(), Failure> {
+    let directory = root.join(&vm.namespace).join(&vm.name);
+    match std::fs::symlink_metadata(&directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(&error)),
+        Ok(_) => Err(Failure::refused(reasons::VM_EXISTS, format!("there is a VM {vm} already"))),
+    }
+}
+
+async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -> Result<DiskRestore, Failure> {
+    let roots = &restores.sessions.roots;
+    let unfinished = || Failure::refused(reasons::SNAPSHOT_NOT_READY, format!("disk {} isn't complete", task.disk));
+    let artifact = task.artifact.as_ref().ok_or_else(unfinished)?;
+    let like = task.path.clone().ok_or_else(|| not_a_file(task))?;
+    let facts = facts(restores, artifact, &like)?;
+    let (method, format) = match &order.new_vm {
+        Some(_) => choose_free(order.mode, &facts, &artifact.format),
+        None => (choose(order.mode, &facts, &artifact.format, &task.format), task.format.clone()),
+    };
+    let path = match &order.new_vm {
+        Some(new) => like.with_file_name(format!("{}-{}.{format}", new.name, task.disk)),
+        None => like.clone(),
+    };
+    let (directory, name) = roots.directory_of(&path).map_err(|error| failed(&error))?;
+    check_target(&directory, &name, task, order)?;
+    let needed = match method {
+        Method::Clone => FILE_METADATA,
+        Method::Link => LAYER_METADATA,
+        Method::Copy => tool::measure(&artifact.handle, &artifact.format).await.map_err(|error| failed(&error))?,
+    };
+    Ok(DiskRestore {
+        disk: task.disk.clone(),
+        driver: task.driver.clone(),
+        source: artifact.handle.clone(),
+        source_format: artifact.format.clone(),
+        method,
+        path,
+        format,
+        like,
+        size: task.size,
+        needed,
+        made: None,
+        replaced: None,
+    })
+}
+
+fn not_a_file(task: &DiskTask) -> Failure {
+    let message = format!("disk {} is not a file, and only files can be brought back by this version", task.disk);
+    Failure::refused(reasons::DISK_NOT_SUPPORTED, message)
+}
+
+/// What the choice of a method depends on.
+#[derive(Clone, Copy, Debug)]
+struct Facts {
+    /// Whether the snapshot's image depends on another.
+    has_backing: bool,
+    /// Whether a file beside the disk can share the image's blocks.
+    shares: bool,
+    /// Whether a header can name the image.
+    nameable: bool,
+}
+
+fn facts(restores: &Restores, artifact: &Artifact, beside: &Path) -> Result<Facts, Failure> {
+    let roots = &restores.sessions.roots;
+    let has_backing = has_backing(roots, &artifact.handle, &artifact.format)?;
+    let (directory, _) = roots.directory_of(beside).map_err(|error| failed(&error))?;
+    let shares = !artifact.handle.starts_with("/dev")
+        && place(roots, &artifact.handle).is_ok_and(|(from, _)| can_share(&artifact.handle, &from, &directory));
+    // QEMU takes what is before a colon for a protocol.
+    let nameable = artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
+    Ok(Facts { has_backing, shares, nameable })
+}
+
+/// How an image of a format that is given is made.
+fn choose(mode: RestoreMode, facts: &Facts, from: &str, to: &str) -> Method {
+    match mode {
+        _ if facts.shares && !facts.has_backing && from == to => Method::Clone,
+        RestoreMode::Linked if facts.nameable && to == "qcow2" => Method::Link,
+        _ => Method::Copy,
+    }
+}
+
+/// The same where the format is free: the snapshot's own, unless a link is to be had by another.
+fn choose_free(mode: RestoreMode, facts: &Facts, from: &str) -> (Method, String) {
+    match choose(mode, facts, from, from) {
+        Method::Copy if mode == RestoreMode::Linked && facts.nameable => (Method::Link, "qcow2".to_owned()),
+        method => (method, from.to_owned()),
+    }
+}
+
+/// A new image overwrites nothing, and a replaced one is nobody's backing file.
+fn check_target(dir: &ImageDirectory, name: &str, task: &DiskTask, order: &RestoreOrder) -> Result<(), Failure> {
+    let path = dir.join(name);
+    if order.new_vm.is_some() {
+        let taken = dir.names().map_err(|error| failed(&error))?.iter().any(|taken| taken == name);
+        let exists = || Failure::refused(reasons::VM_EXISTS, format!("{} is there already", path.display()));
+        return if taken { Err(exists()) } else { Ok(()) };
+    }
+    let found = dir.id(name).map_err(|error| failed(&error))?;
+    let gone = || Failure::refused(reasons::DISK_NOT_FOUND, format!("disk {} has no image {name} now", task.disk));
+    let needing = dependents(dir, found.ok_or_else(gone)?).map_err(|error| failed(&error))?;
+    match needing.first() {
+        None => Ok(()),
+        Some(other) => {
+            let message = format!("{other} was made on top of {}, which can't be replaced under it", path.display());
+            Err(Failure::refused(reasons::RESTORE_FAILED, message))
+        }
+    }
+}
+
+/// Whether each file system has the space for all that is made there.
+pub fn check_space(restores: &Restores, disks: &[DiskRestore]) -> Result<(), Failure> {
+    let mut by_device: BTreeMap<u64, (PathBuf, u64, u64)> = BTreeMap::new();
+    for disk in disks.iter().filter(|disk| disk.made.is_none()) {
+        let (directory, _) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
+        let device = rustix::fs::fstat(&directory).map_err(|error| failed(&error))?.st_dev;
+        let free = directory.free_bytes().map_err(|error| failed(&error))?;
+        let entry = by_device.entry(device).or_insert_with(|| (directory.path().to_owned(), 0, free));
+        entry.1 = entry.1.saturating_add(disk.needed);
+    }
+    match by_device.values().find(|(_, needed, free)| needed > free) {
+        None => Ok(()),
+        Some((path, needed, free)) => {
+            let message = format!("{needed} bytes are needed in {}, and {free} are free", path.display());
+            Err(Failure::new(reasons::NO_SPACE, message))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_shared_if_it_can_be_linked_if_it_may_be_and_copied_else() {
+        use RestoreMode::{Full, Linked};
+        let facts = |has_backing, shares, nameable| Facts { has_backing, shares, nameable };
+        for (mode, facts, from, to, wanted) in [
+            (Linked, facts(false, true, true), "raw", "raw", Method::Clone),
+            (Full, facts(false, true, true), "qcow2", "qcow2", Method::Clone),
+            (Linked, facts(false, true, true), "qcow2", "raw", Method::Copy),
+            (Linked, facts(true, true, true), "qcow2", "qcow2", Method::Link),
+            (Full, facts(true, true, true), "qcow2", "qcow2", Method::Copy),
+            (Linked, facts(false, false, true), "raw", "raw", Method::Copy),
+            (Linked, facts(false, false, true), "raw", "qcow2", Method::Link),
+            (Linked, facts(false, false, false), "qcow2", "qcow2", Method::Copy),
+        ] {
+            assert_eq!(choose(mode, &facts, from, to), wanted, "{mode:?} {facts:?} {from} {to}");
+        }
+    }
+
+    #[test]
+    fn a_new_vm_gets_a_raw_snapshot_as_a_layer_where_it_may_depend_on_it() {
+        let facts = Facts { has_backing: false, shares: false, nameable: true };
+        assert_eq!(choose_free(RestoreMode::Linked, &facts, "raw"), (Method::Link, "qcow2".into()));
+        assert_eq!(choose_free(RestoreMode::Full, &facts, "raw"), (Method::Copy, "raw".into()));
+    }
+}

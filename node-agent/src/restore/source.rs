@@ -1,0 +1,123 @@
+//! What a restore starts from: a snapshot's record in the journal, and the images that it names.
+//!
+//! Paths are the record's, never the API's. The headers of the images were written by QEMU, and QEMU is not trusted:
+//! a backing file outside the image roots isn't followed, neither here nor by `qemu-img`.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use freezeframe_api::conditions::reasons;
+use rustix::fs::OFlags;
+
+use super::Restores;
+use super::order::RestoreOrder;
+use crate::drivers::DiskTask;
+use crate::hypervisor::device::number_of;
+use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
+use crate::hypervisor::qcow2::{HeaderError, has_external_data, read_header};
+use crate::session::journal::{SessionRecord, Stage};
+use crate::session::outcome::{Failure, chain};
+
+/// A chain is never deeper than this; a longer one is a loop.
+const DEEPEST: usize = 1024;
+
+/// The record of the snapshot that is restored, which must be complete.
+pub fn snapshot(restores: &Restores, order: &RestoreOrder) -> Result<SessionRecord, Failure> {
+    let unknown = || Failure::refused(reasons::SNAPSHOT_NOT_FOUND, "this node has no record of the snapshot");
+    let record = restores.sessions.journal.load(&order.source)?.ok_or_else(unknown)?;
+    if record.order.vm != order.vm {
+        let message = format!("the snapshot is of VM {}, not of {}", record.order.vm, order.vm);
+        return Err(Failure::refused(reasons::SNAPSHOT_NOT_FOUND, message));
+    }
+    match record.stage {
+        Stage::Complete => Ok(record),
+        _ => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, "the snapshot isn't complete on this node, or is gone")),
+    }
+}
+
+/// The snapshot's disks that the order means.
+pub fn select<'a>(record: &'a SessionRecord, order: &RestoreOrder) -> Result<Vec<&'a DiskTask>, Failure> {
+    let known = |name: &String| record.tasks.iter().any(|task| task.disk == *name);
+    if let Some(missing) = order.include.iter().chain(&order.exclude).find(|name| !known(name)) {
+        let names: Vec<_> = record.tasks.iter().map(|task| task.disk.as_str()).collect();
+        let message = format!("the snapshot has no disk `{missing}`; it has {}", names.join(", "));
+        return Err(Failure::refused(reasons::DISK_NOT_FOUND, message));
+    }
+    let wanted = |task: &&DiskTask| {
+        let included = order.include.is_empty() || order.include.contains(&task.disk);
+        included && !order.exclude.contains(&task.disk)
+    };
+    let tasks: Vec<_> = record.tasks.iter().filter(wanted).collect();
+    if tasks.is_empty() {
+        return Err(Failure::refused(reasons::NO_DISKS, "the order leaves no disk of the snapshot"));
+    }
+    Ok(tasks)
+}
+
+/// The directory and the name of an image that a driver made: beneath an image root, or where a class keeps copies.
+pub fn place(roots: &ImageRoots, image: &Path) -> Result<(ImageDirectory, String), ImageError> {
+    match roots.directory_of(image) {
+        Err(ImageError::OutsideRoots(_)) => {
+            let parent = image.parent().ok_or_else(|| ImageError::NotAFilePath(image.to_owned()))?;
+            let name = image.file_name().and_then(|name| name.to_str());
+            let name = name.ok_or_else(|| ImageError::NotAFilePath(image.to_owned()))?;
+            Ok((trusted_directory(parent)?, name.to_owned()))
+        }
+        found => found,
+    }
+}
+
+/// Whether an image of a snapshot has a backing file; it fails unless all that it consists of is where it may be.
+pub fn has_backing(roots: &ImageRoots, image: &Path, format: &str) -> Result<bool, Failure> {
+    if image.starts_with("/dev") {
+        // The driver takes no volume whose image has a backing file.
+        return number_of(image).map(|_| false).map_err(|why| Failure::new(reasons::RESTORE_FAILED, why));
+    }
+    let (directory, name) = place(roots, image).map_err(|error| failed(&error))?;
+    if format != "qcow2" {
+        let found = directory.id(&name).map_err(|error| failed(&error))?;
+        return found.map(|_| false).ok_or_else(|| gone(image));
+    }
+    let mut next = backing(&directory, &name)?;
+    let has = next.is_some();
+    for _ in 0..DEEPEST {
+        let Some(path) = next else { return Ok(has) };
+        let (directory, name) = roots.directory_of(&path).map_err(|error| failed(&error))?;
+        next = match read(&directory, &name) {
+            Err(HeaderError::NotQcow2) => None,
+            _ => backing(&directory, &name)?,
+        };
+    }
+    Err(Failure::new(reasons::RESTORE_FAILED, format!("the chain of {} comes to no end", image.display())))
+}
+
+fn read(directory: &ImageDirectory, name: &str) -> Result<(), HeaderError> {
+    let file = directory.open(name, OFlags::RDONLY).map_err(|error| std::io::Error::other(chain(&error)))?;
+    read_header(&mut File::from(file)).map(drop)
+}
+
+/// The image below a qcow2 one.
+fn backing(directory: &ImageDirectory, name: &str) -> Result<Option<PathBuf>, Failure> {
+    let path = directory.join(name);
+    let mut file = File::from(directory.open(name, OFlags::RDONLY).map_err(|error| failed(&error))?);
+    let bad = |what: &str| Failure::new(reasons::RESTORE_FAILED, format!("{}: {what}", path.display()));
+    let header = read_header(&mut file).map_err(|error| bad(&chain(&error)))?;
+    if has_external_data(&mut file).map_err(|error| bad(&chain(&error)))? {
+        return Err(bad("has its data in another file"));
+    }
+    match header.backing {
+        // QEMU takes what is before a colon for a protocol.
+        Some(backing) if backing.contains(':') => Err(bad("its backing file isn't a path")),
+        backing => Ok(backing.map(|backing| directory.path().join(backing))),
+    }
+}
+
+fn gone(image: &Path) -> Failure {
+    Failure::new(reasons::RESTORE_FAILED, format!("{} is gone", image.display()))
+}
+
+/// What a user is told of an error in a restore.
+pub fn failed(error: &(dyn std::error::Error + 'static)) -> Failure {
+    let full = error.downcast_ref::<ImageError>().is_some_and(ImageError::is_no_space);
+    Failure::new(if full { reasons::NO_SPACE } else { reasons::RESTORE_FAILED }, chain(error))
+}

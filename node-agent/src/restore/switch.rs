@@ -1,0 +1,177 @@
+//! The new images get the disks' names.
+//!
+//! In place, one disk's images exchange their names in a single step. Several disks can't: so all old images go away
+//! from their names first, and then the new ones come. A VM that is started in between doesn't find one of its disks,
+//! whichever it opens first, and never runs on a mixed set. From the first name on there is no way back.
+//!
+//! Everything is looked up by what the files are, so that it may be called again after a crash.
+
+use freezeframe_api::conditions::reasons;
+use k8s_openapi::jiff::Timestamp;
+
+use super::Restores;
+use super::record::{DiskRestore, RestoreRecord};
+use super::source::failed;
+use super::stop::{hold_images, not_running};
+use crate::crash;
+use crate::drivers::overlay::dependents;
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
+use crate::hypervisor::lock::ImageLock;
+use crate::session::journal::Stage;
+use crate::session::outcome::Failure;
+
+type Result<T> = std::result::Result<T, ImageError>;
+
+/// One disk's files: the names that change hands, and which files they must be.
+struct Names {
+    directory: ImageDirectory,
+    disk: String,
+    unfinished: String,
+    away: String,
+    made: Option<FileId>,
+    replaced: Option<FileId>,
+}
+
+impl Names {
+    fn of(restores: &Restores, disk: &DiskRestore, id: &str) -> Result<Self> {
+        let roots = &restores.sessions.roots;
+        let (directory, name) = roots.directory_of(&disk.path)?;
+        let (_, unfinished) = roots.directory_of(&disk.unfinished(id))?;
+        let (_, away) = roots.directory_of(&disk.away(id))?;
+        Ok(Self { directory, disk: name, unfinished, away, made: disk.made, replaced: disk.replaced })
+    }
+
+    fn is(&self, name: &str, file: Option<FileId>) -> Result<bool> {
+        Ok(file.is_some() && self.directory.id(name)? == file)
+    }
+
+    fn is_replaced_at(&self, name: &str) -> Result<bool> {
+        self.is(name, self.replaced)
+    }
+}
+
+fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
+    let id = record.order.id();
+    record.disks.iter().map(|disk| Names::of(restores, disk, &id)).collect()
+}
+
+/// Whether a disk's name has changed hands, so that there is no way back.
+pub fn has_begun(restores: &Restores, record: &RestoreRecord) -> Result<bool> {
+    for names in all(restores, record)? {
+        if names.replaced.is_some() && !names.is_replaced_at(&names.disk)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Sees to it that what is replaced is kept, that nobody uses it, and that nobody will while the locks live.
+pub async fn make_ready(
+    restores: &Restores,
+    record: &mut RestoreRecord,
+) -> std::result::Result<Vec<ImageLock>, Failure> {
+    not_running(restores, &record.order.vm).await?;
+    let held = hold_images(restores, &record.disks).await?;
+    // Once more: a VM that was started before the locks were had has its monitor by now, or fails to open its disks.
+    not_running(restores, &record.order.vm).await?;
+    let cut_at = check_kept(restores, record)?;
+    for disk in &mut record.disks {
+        disk.replaced = Some(check_unchanged(restores, disk, cut_at)?);
+    }
+    Ok(held)
+}
+
+/// The snapshot of the state before has every disk that is replaced; returns when it was cut.
+fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<Timestamp, Failure> {
+    let missing = |what: String| Failure::new(reasons::PRE_RESTORE_FAILED, what);
+    let uid = record.order.pre_restore.as_deref();
+    let uid = uid.ok_or_else(|| missing("the order names no snapshot of the state before".into()))?;
+    let kept = restores.sessions.journal.load(uid)?.filter(|kept| {
+        kept.stage == Stage::Complete && kept.order.vm == record.order.vm && kept.order.uid != record.order.source
+    });
+    let kept = kept.ok_or_else(|| missing("the snapshot of the state before isn't complete on this node".into()))?;
+    for disk in &record.disks {
+        let task = kept.tasks.iter().find(|task| task.disk == disk.disk && task.artifact.is_some());
+        let task = task.ok_or_else(|| missing(format!("the state before of disk {} isn't kept", disk.disk)))?;
+        if task.path.as_ref() != Some(&disk.path) || task.format != disk.format {
+            let now = task.path.as_ref().map_or_else(|| "no file".into(), |path| path.display().to_string());
+            let message = format!("disk {} is {now} ({}) now, not {}", disk.disk, task.format, disk.path.display());
+            return Err(Failure::new(reasons::VM_CHANGED, message));
+        }
+    }
+    kept.measured.map(|measured| measured.cut_at).ok_or_else(|| missing("when it was kept isn't known".into()))
+}
+
+/// Nothing was written since the state before was kept, and no image needs the one that goes.
+fn check_unchanged(restores: &Restores, disk: &DiskRestore, cut_at: Timestamp) -> std::result::Result<FileId, Failure> {
+    let changed = |what: String| Failure::new(reasons::VM_CHANGED, what);
+    let (directory, name) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
+    let found = directory.id(&name).map_err(|error| failed(&error))?;
+    let found = found.ok_or_else(|| changed(format!("{} is gone", disk.path.display())))?;
+    let written = directory.written_at(&name).map_err(|error| failed(&error))?;
+    if written > cut_at {
+        let message = format!("{} was written at {written}, after its state was kept at {cut_at}", disk.path.display());
+        return Err(changed(message));
+    }
+    match dependents(&directory, found).map_err(|error| failed(&error))?.first() {
+        None => Ok(found),
+        Some(other) => Err(changed(format!("{other} was made on top of {}", disk.path.display()))),
+    }
+}
+
+/// Gives every new image its disk's name, and lets go of the old ones. May be called again and again.
+pub fn give_names(restores: &Restores, record: &RestoreRecord) -> Result<()> {
+    let all = all(restores, record)?;
+    match all.as_slice() {
+        [one] if one.replaced.is_some() => exchange(one)?,
+        _ => {
+            for names in &all {
+                if names.is_replaced_at(&names.disk)? {
+                    names.directory.rename_new(&names.disk, &names.away)?;
+                    crash::point("restore-away");
+                }
+            }
+            for names in &all {
+                if names.is(&names.unfinished, names.made)? {
+                    names.directory.rename_new(&names.unfinished, &names.disk)?;
+                    crash::point("restore-switched-one");
+                }
+            }
+        }
+    }
+    for names in &all {
+        if !names.is(&names.disk, names.made)? {
+            return Err(ImageError::NotRegular(names.directory.join(&names.disk)));
+        }
+    }
+    crash::point("restore-switched");
+    for names in &all {
+        for old in [&names.away, &names.unfinished] {
+            if names.is_replaced_at(old)? {
+                names.directory.unlink(old)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn exchange(names: &Names) -> Result<()> {
+    if names.is_replaced_at(&names.disk)? && names.is(&names.unfinished, names.made)? {
+        names.directory.exchange(&names.disk, &names.unfinished)?;
+    }
+    Ok(())
+}
+
+/// Removes what was made. Only while no disk's name has changed hands: an old image is never touched.
+pub fn take_back(restores: &Restores, record: &RestoreRecord) -> Result<()> {
+    for names in all(restores, record)? {
+        if !names.is_replaced_at(&names.unfinished)? {
+            names.directory.unlink(&names.unfinished)?;
+        }
+        // A new VM's image has its own name from here on.
+        if names.replaced.is_none() && record.order.new_vm.is_some() && names.is(&names.disk, names.made)? {
+            names.directory.unlink(&names.disk)?;
+        }
+    }
+    Ok(())
+}
