@@ -14,6 +14,7 @@ use freezeframe_node_agent::metrics::Metrics;
 use freezeframe_node_agent::restore::{Restores, controller as restore_controller};
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::targets::Targets;
 use freezeframe_runtime::admin::AdminServer;
 use freezeframe_runtime::readiness::Readiness;
@@ -41,6 +42,7 @@ async fn main() -> anyhow::Result<()> {
         guard: Guard::new(&args.guard_socket),
         journal: Journal::open(args.state_dir.join("contents"))?,
         drivers: Drivers::default(),
+        stopped: StoppedVms::awaiting_targets(),
     });
     let client = kube::Client::try_default().await.context("failed to read how to reach the Kubernetes API")?;
     api_reached.open();

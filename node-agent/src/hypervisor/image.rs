@@ -4,7 +4,7 @@
 //! but a regular file is refused before something is created, renamed or handed over.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use k8s_openapi::jiff::Timestamp;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
@@ -71,6 +71,13 @@ impl ImageRoots {
     #[must_use]
     pub fn new(roots: Vec<PathBuf>) -> Self {
         Self(roots)
+    }
+
+    /// Whether a path is named beneath a root, whatever is there.
+    #[must_use]
+    pub fn names(&self, path: &Path) -> bool {
+        let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        plain && self.0.iter().any(|root| path.starts_with(root))
     }
 
     /// Opens the directory of the image at `path`, following no symbolic link below the root.

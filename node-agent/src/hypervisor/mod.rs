@@ -13,6 +13,8 @@ pub mod lock;
 pub mod offline;
 pub mod qcow2;
 pub mod share;
+pub mod still;
+pub mod target_file;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -7,13 +7,14 @@ use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback};
 use freezeframe_qemu::{BlockGraph, FreezeStatus};
 
 use super::Sessions;
+use super::machine::Machine;
 use super::order::Order;
 use super::outcome::{Failure, chain};
 use super::window::Freeze;
 use crate::drivers::DiskTask;
 use crate::drivers::choice::{Candidate, candidates, choose};
 use crate::hypervisor::disks::{Disks, FoundDisk, disks};
-use crate::hypervisor::{AGENT_TIMEOUT, OpenError, QMP_TIMEOUT, Vm};
+use crate::hypervisor::{AGENT_TIMEOUT, QMP_TIMEOUT, Vm};
 
 /// How long the guest agent may take to answer the first sync.
 const AGENT_PATIENCE: Duration = Duration::from_secs(5);
@@ -30,8 +31,8 @@ pub struct Accepted {
     pub needs_pause: bool,
 }
 
-/// Connects to the order's VM.
-pub async fn open(sessions: &Sessions, order: &Order) -> Result<Vm, Failure> {
+/// Connects to the order's VM, or opens its disks if it is stopped.
+pub async fn open(sessions: &Sessions, order: &Order) -> Result<Machine, Failure> {
     let owed = sessions.guard.owed(&order.vm.to_string()).await;
     match owed {
         Ok(false) => {}
@@ -41,22 +42,18 @@ pub async fn open(sessions: &Sessions, order: &Order) -> Result<Vm, Failure> {
         }
         Err(error) => return Err(Failure::new(reasons::GUARD_UNAVAILABLE, chain(&error))),
     }
-    Vm::open(&sessions.vm_root, &order.vm).await.map_err(|error| {
-        let reason = match error {
-            OpenError::NotRunning(_) => reasons::VM_NOT_RUNNING,
-            OpenError::Monitor { .. } => reasons::VM_BUSY,
-        };
-        Failure::refused(reason, chain(&error))
-    })
+    sessions.machine(order).await
 }
 
 /// Finds the disks and chooses a driver for each.
-pub async fn accept(sessions: &Sessions, order: &Order, vm: &Vm) -> Result<Accepted, Failure> {
+pub async fn accept(sessions: &Sessions, order: &Order, machine: &Machine) -> Result<Accepted, Failure> {
+    let vm = machine.vm();
     let candidates = candidates(&order.drivers, &sessions.drivers)
         .map_err(|error| Failure::refused(error.reason(), chain(&error)))?;
-    let running = check_state(order, vm).await?;
+    // The one that we opened has no state, and no virtual CPU that ever ran.
+    let running = !machine.is_still() && check_state(order, vm).await?;
     let Disks { found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
-    let wanted = select(order, found, &out_of_reach)?;
+    let wanted = select(order, found, &out_of_reach, machine.left_out())?;
     let tasks = wanted.iter().enumerate().map(|(index, disk)| task(order, index, disk, &candidates));
     let tasks = tasks.collect::<Result<Vec<_>, _>>()?;
     let iothreads = vm.qmp().query_iothreads(QMP_TIMEOUT).await.map_err(|error| busy(&error))?;
@@ -75,35 +72,31 @@ async fn check_state(order: &Order, vm: &Vm) -> Result<bool, Failure> {
     }
     match state.status.as_str() {
         "running" => Ok(true),
-        "paused" if may_be_crash(order) => Ok(false),
+        "paused" if order.may_be_crash() => Ok(false),
         "paused" => refuse(reasons::VM_PAUSED, "is paused, so its guest agent can't freeze anything".into()),
         other => refuse(reasons::VM_BUSY, format!("is in state `{other}`")),
     }
 }
 
-fn may_be_crash(order: &Order) -> bool {
-    order.required == ConsistencyLevel::Crash || order.fallback == Fallback::Degrade
-}
-
 /// The disks that the order means: none is left out that the user didn't leave out.
-fn select(order: &Order, found: Vec<FoundDisk>, out_of_reach: &[String]) -> Result<Vec<FoundDisk>, Failure> {
-    let known = |name: &String| found.iter().any(|disk| disk.name == *name) || out_of_reach.contains(name);
+fn select(
+    order: &Order,
+    found: Vec<FoundDisk>,
+    out_of_reach: &[String],
+    left_out: &[String],
+) -> Result<Vec<FoundDisk>, Failure> {
+    let elsewhere = |name: &String| out_of_reach.contains(name) || left_out.contains(name);
+    let known = |name: &String| found.iter().any(|disk| disk.name == *name) || elsewhere(name);
     if let Some(missing) = order.include.iter().chain(&order.exclude).find(|name| !known(name)) {
         let names: Vec<_> = found.iter().map(|disk| disk.name.as_str()).collect();
         let message = format!("VM {} has no disk `{missing}`; it has {}", order.vm, names.join(", "));
         return Err(Failure::refused(reasons::DISK_NOT_FOUND, message));
     }
-    let wanted = |name: &str| {
-        let listed = |list: &[String]| list.iter().any(|listed| listed == name);
-        if order.include.is_empty() { !listed(&order.exclude) } else { listed(&order.include) }
-    };
-    if let Some(name) = out_of_reach.iter().find(|name| wanted(name)) {
+    if let Some(name) = out_of_reach.iter().find(|name| order.wants(name, false)) {
         let message = format!("disk `{name}` stores its data past QEMU's block layer; exclude it to go without it");
         return Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message));
     }
-    let named = |disk: &FoundDisk| order.include.contains(&disk.name);
-    let disks: Vec<_> =
-        found.into_iter().filter(|disk| wanted(&disk.name) && (!disk.read_only || named(disk))).collect();
+    let disks: Vec<_> = found.into_iter().filter(|disk| order.wants(&disk.name, disk.read_only)).collect();
     if disks.is_empty() {
         return Err(Failure::refused(reasons::NO_DISKS, format!("VM {} has no disk to take", order.vm)));
     }
@@ -175,9 +168,14 @@ async fn can_freeze(vm: &mut Vm, order: &Order) -> Result<(), Failure> {
 }
 
 /// Fails if a disk came, went, or changed its size or node since it was planned.
-pub async fn unchanged(sessions: &Sessions, vm: &Vm, order: &Order, tasks: &[DiskTask]) -> Result<(), Failure> {
-    let Disks { found, out_of_reach, .. } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
-    same_disks(&select(order, found, &out_of_reach)?, tasks)
+pub async fn unchanged(
+    sessions: &Sessions,
+    machine: &Machine,
+    order: &Order,
+    tasks: &[DiskTask],
+) -> Result<(), Failure> {
+    let Disks { found, out_of_reach, .. } = disks(machine.vm(), &sessions.roots).await.map_err(|error| busy(&error))?;
+    same_disks(&select(order, found, &out_of_reach, machine.left_out())?, tasks)
 }
 
 fn same_disks(now: &[FoundDisk], tasks: &[DiskTask]) -> Result<(), Failure> {

@@ -29,16 +29,18 @@ impl Sessions {
         progress: &dyn Progress,
     ) -> Result<(), Failure> {
         // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
-        let vm =
-            Vm::open(&self.vm_root, &record.order.vm).await.map_err(|error| Failure::after_cut_unreachable(&error))?;
-        let (tasks, status) = (record.tasks.clone(), outcome::cut(record));
+        let machine = self.machine_after_cut(&record.order).await.map_err(Failure::after_cut_unreachable)?;
+        let (order, tasks, status) = (record.order.clone(), record.tasks.clone(), outcome::cut(record));
         // A copy may take hours. What it leaves behind when it is dropped, removing finds.
-        tokio::select! {
+        let completed = tokio::select! {
             biased;
             () = cancelled(progress) => Err(Failure::cancelled()),
-            never = self.tell_progress(&vm, &tasks, status, progress) => match never {},
-            completed = self.complete_each(&vm, record) => completed,
-        }
+            started = self.started(&machine, &order) => Err(started),
+            never = self.tell_progress(machine.vm(), &tasks, status, progress) => match never {},
+            completed = self.complete_each(machine.vm(), record) => completed,
+        };
+        machine.let_go().await;
+        completed
     }
 
     async fn complete_each(&self, vm: &Vm, record: &mut SessionRecord) -> Result<(), Failure> {

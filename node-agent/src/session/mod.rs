@@ -21,10 +21,12 @@ mod complete;
 mod flush;
 mod host_cuts;
 pub mod journal;
+pub mod machine;
 mod measured;
 pub mod order;
 pub mod outcome;
 mod removal;
+mod still_cut;
 pub mod window;
 mod window_error;
 
@@ -42,6 +44,7 @@ use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 pub(crate) use complete::cancelled;
 use journal::{Journal, JournalError, SessionRecord, Stage};
+use machine::{Machine, StoppedVms};
 use order::Order;
 use outcome::Failure;
 use window::{Freeze, Measured, Plan};
@@ -58,6 +61,8 @@ pub struct Sessions {
     pub journal: Journal,
     /// What takes the disks.
     pub drivers: Drivers,
+    /// VMs that don't run.
+    pub stopped: StoppedVms,
 }
 
 /// What a session asks and tells while it runs.
@@ -115,12 +120,27 @@ impl Sessions {
         }
     }
 
-    /// Everything up to a good cut.
+    /// Everything up to a good cut. A stopped VM's disks are kept open for what comes after it.
     async fn cut(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<(), Failure> {
+        still_wanted(&record.order, progress)?;
+        let mut machine = accept::open(self, &record.order).await?;
+        let cut = self.cut_machine(&mut machine, record, progress).await;
+        match cut {
+            Ok(()) => self.stopped.keep(&record.order, machine),
+            // What was made is about to be taken back, and is locked as long as it is open.
+            Err(_) => machine.let_go().await,
+        }
+        cut
+    }
+
+    async fn cut_machine(
+        &self,
+        machine: &mut Machine,
+        record: &mut SessionRecord,
+        progress: &dyn Progress,
+    ) -> Result<(), Failure> {
         let order = record.order.clone();
-        still_wanted(&order, progress)?;
-        let mut vm = accept::open(self, &order).await?;
-        let accepted = accept::accept(self, &order, &vm).await?;
+        let accepted = accept::accept(self, &order, machine).await?;
         record.tasks = accepted.tasks;
         for task in &mut record.tasks {
             self.driver(task)?.plan(task, &accepted.graph, &self.roots)?;
@@ -129,17 +149,20 @@ impl Sessions {
         crash::point("planned");
         for at in 0..record.tasks.len() {
             let task = &mut record.tasks[at];
-            let prepared = self.driver(task)?.prepare(&vm, &self.roots, task).await;
+            let prepared = self.driver(task)?.prepare(machine.vm(), &self.roots, task).await;
             self.journal.save(record)?;
             prepared?;
         }
         crash::point("prepared");
-        let freeze = accept::freeze(&mut vm, &order).await?;
-        flush::flush(&mut vm, &record.tasks, freeze.is_some()).await;
+        let freeze = accept::freeze(machine.vm_mut(), &order).await?;
+        flush::flush(machine.vm_mut(), &record.tasks, freeze.is_some()).await;
         still_wanted(&order, progress)?;
-        accept::unchanged(self, &vm, &order, &record.tasks).await?;
+        accept::unchanged(self, machine, &order, &record.tasks).await?;
         let plan = self.plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause)?;
-        let measured = self.window(&mut vm, &order, &plan).await?;
+        let measured = match machine {
+            Machine::Own(vm) => self.window(vm, &order, &plan).await?,
+            Machine::Still { .. } | Machine::Look(_) => self.still_cut(machine, &order, &plan, &record.tasks).await?,
+        };
         check_level(&order, &measured, &plan)?;
         record.measured = Some(measured);
         record.stage = Stage::Cut;

@@ -84,4 +84,17 @@ impl Order {
     pub fn id(&self) -> String {
         self.uid.chars().filter(char::is_ascii_hexdigit).take(12).collect()
     }
+
+    /// Whether a snapshot without a freeze is one that the order takes.
+    #[must_use]
+    pub fn may_be_crash(&self) -> bool {
+        self.required == ConsistencyLevel::Crash || self.fallback == Fallback::Degrade
+    }
+
+    /// Whether the order means a disk: all but those that it excludes and, unless it names them, read-only ones.
+    #[must_use]
+    pub fn wants(&self, disk: &str, read_only: bool) -> bool {
+        let listed = |list: &[String]| list.iter().any(|listed| listed == disk);
+        if self.include.is_empty() { !listed(&self.exclude) && !read_only } else { listed(&self.include) }
+    }
 }

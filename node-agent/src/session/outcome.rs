@@ -16,7 +16,6 @@ use super::journal::{JournalError, SessionRecord};
 use super::proved;
 use super::window::{Measured, WindowError};
 use crate::drivers::{DiskTask, DriverError};
-use crate::hypervisor::OpenError;
 
 /// Why a session ended without a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,14 +45,10 @@ impl Failure {
         Self::new(reasons::CANCELLED, "the snapshot was deleted while it was taken")
     }
 
-    /// The VM's monitor couldn't be used once the cut was done.
+    /// The VM's disks couldn't be reached once the cut was done: that it could be served was clear by then.
     #[must_use]
-    pub fn after_cut_unreachable(error: &OpenError) -> Self {
-        let reason = match error {
-            OpenError::NotRunning(_) => reasons::VM_NOT_RUNNING,
-            OpenError::Monitor { .. } => reasons::VM_BUSY,
-        };
-        Self::new(reason, chain(error))
+    pub fn after_cut_unreachable(self) -> Self {
+        Self { refused: false, ..self }
     }
 
     /// A driver failed once the cut was done.

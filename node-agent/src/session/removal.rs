@@ -108,6 +108,9 @@ impl Sessions {
     /// Removes every disk's artifacts, step by step; each step's state is on disk before the next.
     pub(super) async fn remove_artifacts(&self, record: &mut SessionRecord) -> Result<Removed, RemovalError> {
         let mut removed = Removed::default();
+        if let Some(machine) = self.stopped.take(&record.order) {
+            machine.let_go().await;
+        }
         if record.tasks.iter().all(|task| task.state.is_null()) {
             return Ok(removed);
         }

@@ -1,17 +1,18 @@
-//! VMs in the host's directories: `<root>/<namespace>/<name>/qmp.sock`.
+//! VMs in the host's directories: `<root>/<namespace>/<name>/{qmp.sock,target.yaml}`.
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use crate::hypervisor::VmKey;
+use crate::hypervisor::{VmKey, target_file};
 
-/// Every VM that has a directory with a monitor's socket in it, running or not.
+/// Every VM that has a directory with a monitor's socket or a [`target_file`] in it, running or not.
 pub fn find(root: &Path) -> io::Result<Vec<VmKey>> {
     let mut found = vec![];
     for namespace in directories(root)? {
         for name in directories(&root.join(&namespace))? {
-            if fs::symlink_metadata(root.join(&namespace).join(&name).join("qmp.sock")).is_ok() {
+            let has = |file| fs::symlink_metadata(root.join(&namespace).join(&name).join(file)).is_ok();
+            if has("qmp.sock") || has(target_file::FILE) {
                 found.push(VmKey { namespace: namespace.clone(), name });
             }
         }
@@ -52,16 +53,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_directories_with_a_monitor_and_a_good_name_are_vms() {
+    fn only_directories_with_a_monitor_or_a_file_and_a_good_name_are_vms() {
         let root = tempfile::tempdir().unwrap();
-        for path in ["shop/db-1", "shop/no-monitor", "shop/Bad_Name", "..data/x"] {
+        for path in ["shop/db-1", "shop/db-2", "shop/no-monitor", "shop/Bad_Name", "..data/x"] {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
-        for path in ["shop/db-1/qmp.sock", "shop/Bad_Name/qmp.sock", "..data/x/qmp.sock", "shop/file"] {
+        for path in
+            ["shop/db-1/qmp.sock", "shop/db-2/target.yaml", "shop/Bad_Name/qmp.sock", "..data/x/qmp.sock", "shop/file"]
+        {
             fs::write(root.path().join(path), "").unwrap();
         }
         let found = find(root.path()).unwrap();
-        assert_eq!(found, [VmKey { namespace: "shop".into(), name: "db-1".into() }]);
+        let vm = |name: &str| VmKey { namespace: "shop".into(), name: name.into() };
+        assert_eq!(found, [vm("db-1"), vm("db-2")]);
     }
 
     #[test]

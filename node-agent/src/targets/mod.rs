@@ -3,6 +3,7 @@
 mod host;
 mod probe;
 mod publish;
+mod stopped;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use crate::metrics::Metrics;
 use crate::session::Sessions;
 use crate::session::outcome::chain;
 use publish::Publisher;
+use stopped::Files;
 
 /// How often the VMs' directories are looked at.
 const SCAN: Duration = Duration::from_secs(1);
@@ -49,6 +51,7 @@ impl Targets {
 
     async fn scan_for_ever(&self) {
         let publisher = Publisher::new(self.client.clone(), self.node.clone());
+        let files = Files::default();
         let mut known = HashMap::new();
         let mut next_comparison = Instant::now();
         let mut beat = tokio::time::interval(SCAN);
@@ -59,13 +62,21 @@ impl Targets {
             if Instant::now() >= next_comparison {
                 let Some(there) = publisher.published().await else { continue };
                 known = there;
+                self.remember(&known);
                 next_comparison = Instant::now() + COMPARISON;
             }
-            self.scan(&publisher, &mut known).await;
+            self.scan(&publisher, &files, &mut known).await;
+            self.remember(&known);
         }
     }
 
-    async fn scan(&self, publisher: &Publisher, known: &mut HashMap<VmKey, VMTargetStatus>) {
+    /// Lets sessions know the disks of VMs that may be stopped by then.
+    fn remember(&self, known: &HashMap<VmKey, VMTargetStatus>) {
+        let disks = known.iter().map(|(vm, status)| (vm.clone(), stopped::known_disks(status)));
+        self.sessions.stopped.set_seen(disks.collect());
+    }
+
+    async fn scan(&self, publisher: &Publisher, files: &Files, known: &mut HashMap<VmKey, VMTargetStatus>) {
         let root = &self.sessions.vm_root;
         let mut found = match host::find(root) {
             Ok(found) => found,
@@ -80,7 +91,7 @@ impl Targets {
         for some in found.chunks(PROBES) {
             let mut probes = vec![];
             for vm in some {
-                probes.push(self.publish(vm, publisher, known.get(vm)));
+                probes.push(self.publish(vm, publisher, files, known.get(vm)));
             }
             known.extend(join_all(probes).await.into_iter().flatten());
         }
@@ -97,11 +108,15 @@ impl Targets {
         &self,
         vm: &VmKey,
         publisher: &Publisher,
+        files: &Files,
         before: Option<&VMTargetStatus>,
     ) -> Option<(VmKey, VMTargetStatus)> {
         let _turn = self.locks.try_turn(vm)?;
-        let status = probe::probe(&self.sessions, vm, &self.node, before).await;
+        let status = probe::probe(&self.sessions, vm, &self.node, files, before).await;
         let news = before != Some(&status) && publisher.publish(vm, &status).await;
+        if news || before == Some(&status) {
+            publisher.label(vm, stopped::labels(&self.sessions, vm)).await;
+        }
         news.then(|| (vm.clone(), status))
     }
 }

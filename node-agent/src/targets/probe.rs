@@ -7,6 +7,7 @@ use freezeframe_api::names::{DiskName, DriverName, NodeName};
 use freezeframe_api::v1alpha1::{AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
+use super::stopped::Files;
 use crate::drivers::{Drivers, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
@@ -17,14 +18,20 @@ use crate::session::outcome::chain;
 const AGENT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Probes a VM. What can't be learned now is kept from `before`.
-pub async fn probe(sessions: &Sessions, vm: &VmKey, node: &str, before: Option<&VMTargetStatus>) -> VMTargetStatus {
+pub async fn probe(
+    sessions: &Sessions,
+    vm: &VmKey,
+    node: &str,
+    files: &Files,
+    before: Option<&VMTargetStatus>,
+) -> VMTargetStatus {
     let mut status = before.cloned().unwrap_or_default();
     status.node_name = NodeName(node.to_owned());
     status.message = None;
     match Vm::open(&sessions.vm_root, vm).await {
         Ok(mut opened) => look(&mut opened, sessions, &mut status).await,
         Err(OpenError::NotRunning(_)) => {
-            status.run_state = RunState::Stopped;
+            files.look(sessions, vm, &mut status).await;
             status.guest_agent.state = AgentState::Absent;
         }
         Err(error) => {
@@ -70,7 +77,8 @@ async fn guest_agent(vm: &mut Vm, before: &GuestAgentStatus) -> GuestAgentStatus
     }
 }
 
-fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
+/// A disk, with each driver's verdict on it.
+pub fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
     let parameters = std::collections::BTreeMap::new();
     let choice = |driver: &dyn SnapshotDriver| {
         let (usable, message) = match driver.can_take(&disk.facts, &parameters) {

@@ -1,6 +1,7 @@
 //! Writing `VMTarget`s: one object a VM, ours by field manager and by the node in its status.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use freezeframe_api::AGENT_MANAGER;
 use freezeframe_api::names::NodeName;
@@ -17,12 +18,14 @@ use crate::session::outcome::chain;
 pub struct Publisher {
     client: Client,
     node: NodeName,
+    /// Labels as each target has them from us; none for one whose labels aren't known to be ours.
+    labels: Mutex<HashMap<VmKey, BTreeMap<String, String>>>,
 }
 
 impl Publisher {
     /// A publisher for one node.
     pub fn new(client: Client, node: String) -> Self {
-        Self { client, node: NodeName(node) }
+        Self { client, node: NodeName(node), labels: Mutex::default() }
     }
 
     /// Writes a VM's target; false if it must be tried again.
@@ -46,8 +49,34 @@ impl Publisher {
             other => return other.map(drop),
         }
         object["spec"] = json!({});
+        self.labels().insert(vm.clone(), BTreeMap::new());
         call(&what, targets.patch(&vm.name, &parameters, &Patch::Apply(&object))).await?;
         call(&what, targets.patch_status(&vm.name, &parameters, &Patch::Apply(&object))).await.map(drop)
+    }
+
+    /// Gives a VM's target the labels that its owner wants, and takes back those of ours that are not wanted any more.
+    pub async fn label(&self, vm: &VmKey, labels: BTreeMap<String, String>) {
+        if self.labels().get(vm) != Some(&labels) && logged(vm, &self.try_label(vm, &labels).await) {
+            self.labels().insert(vm.clone(), labels);
+        }
+    }
+
+    async fn try_label(&self, vm: &VmKey, labels: &BTreeMap<String, String>) -> Result<(), ReportError> {
+        let targets: Api<VMTarget> = Api::namespaced(self.client.clone(), &vm.namespace);
+        let object = json!({
+            "apiVersion": VMTarget::api_version(&()),
+            "kind": VMTarget::kind(&()),
+            "metadata": {"name": vm.name, "namespace": vm.namespace, "labels": labels},
+            "spec": {},
+        });
+        let parameters = PatchParams::apply(AGENT_MANAGER).force();
+        call(&format!("labels of VMTarget {vm}"), targets.patch(&vm.name, &parameters, &Patch::Apply(&object)))
+            .await
+            .map(drop)
+    }
+
+    fn labels(&self) -> MutexGuard<'_, HashMap<VmKey, BTreeMap<String, String>>> {
+        self.labels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Deletes a VM's target; false if it must be tried again.
@@ -80,7 +109,11 @@ impl Publisher {
         };
         let ours = listed.items.into_iter().filter_map(|target| {
             let vm = VmKey { namespace: target.namespace().unwrap_or_default(), name: target.name_any() };
+            let bare = target.labels().is_empty();
             let status = target.status.filter(|status| status.node_name == self.node)?;
+            if bare {
+                self.labels().insert(vm.clone(), BTreeMap::new());
+            }
             Some((vm, status))
         });
         Some(ours.collect())

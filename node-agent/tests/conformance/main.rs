@@ -32,6 +32,7 @@ mod machine;
 mod shapes;
 mod snapshots;
 mod steps;
+mod stopped;
 mod storage;
 mod verify;
 mod world;

@@ -14,6 +14,7 @@ use freezeframe_node_agent::drivers::{Artifact, Drivers};
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::{Vm, VmKey};
 use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -51,7 +52,7 @@ pub struct Footprint {
     pub jobs: Vec<String>,
 }
 
-struct NeverCancelled;
+pub struct NeverCancelled;
 
 impl Progress for NeverCancelled {
     fn cancelled(&self) -> bool {
@@ -100,6 +101,7 @@ impl World {
             guard: Guard::new(socket),
             journal: Journal::open(run.path().join("contents")).unwrap(),
             drivers,
+            stopped: StoppedVms::with_files_only(),
         };
         let contents = vec![Content::default(); disks.len()];
         let mut world = Self { machine: None, sessions, disks, contents, epoch: 0, _guard: stop, run, copies, storage };
@@ -113,7 +115,17 @@ impl World {
 
     /// Starts QEMU, always with the same command line.
     pub async fn start(&mut self) {
-        self.machine = Some(Machine::start(&self.run.path().join("vms/shop/db-1"), &self.disks).await);
+        self.machine = Some(Machine::start(&self.directory(), &self.disks).await);
+    }
+
+    /// The VM's directory, with its sockets.
+    pub fn directory(&self) -> PathBuf {
+        self.run.path().join("vms/shop/db-1")
+    }
+
+    /// Takes over a QEMU that was started elsewhere.
+    pub fn adopt(&mut self, machine: Machine) {
+        self.machine = Some(machine);
     }
 
     pub async fn quit(&mut self) {

@@ -14,6 +14,7 @@ use freezeframe_node_agent::hypervisor::disks::disks;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::{Vm, VmKey};
 use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -83,6 +84,7 @@ impl World {
             guard: Guard::new(socket),
             journal: Journal::open(run.path().join("contents")).unwrap(),
             drivers: Drivers::default(),
+            stopped: StoppedVms::with_files_only(),
         };
         let machine = Some(Machine::start(&directory, volumes).await);
         let contents = vec![Content::default(); volumes.len()];

@@ -10,7 +10,7 @@ use crate::lab::{Snapshot, Wanted};
 use crate::shapes::{Shape, lab};
 
 /// Drops `work` at its `polls`th await that had to wait, as a crash would; what it came to if it was done before.
-async fn cut_off<T>(work: impl Future<Output = T>, polls: usize) -> Option<T> {
+pub async fn cut_off<T>(work: impl Future<Output = T>, polls: usize) -> Option<T> {
     let mut work = pin!(work);
     let mut left = polls;
     poll_fn(|context| {

@@ -14,6 +14,7 @@ use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
 use k8s_openapi::jiff::Timestamp;
@@ -77,6 +78,7 @@ impl Lab {
         tokio::spawn(Server::bind(&root.join("guard.sock"), state, timing, stopping).unwrap().run());
         let sessions = Sessions {
             drivers: Drivers::default(),
+            stopped: StoppedVms::with_files_only(),
             vm_root: root.join("vms"),
             roots: ImageRoots::new(vec![root.join("images")]),
             guard: Guard::new(root.join("guard.sock")),

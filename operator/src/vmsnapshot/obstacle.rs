@@ -2,7 +2,7 @@
 
 use freezeframe_api::PAUSED_ANNOTATION;
 use freezeframe_api::conditions::reasons;
-use freezeframe_api::v1alpha1::{RunState, VMSnapshotClass, VMTargetStatus};
+use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, RunState, VMSnapshotClass, VMTargetStatus};
 
 use kube::ResourceExt as _;
 
@@ -27,7 +27,7 @@ impl Obstacle {
 /// The class and the VM by which the work order can be given now.
 pub fn ready_to_start(observed: &Observed) -> Result<(&VMSnapshotClass, &VMTargetStatus), Obstacle> {
     let class = class_of(&observed.class)?;
-    let target = running_target(observed)?;
+    let target = usable_target(observed)?;
     match &observed.ahead {
         None => Ok((class, target)),
         Some(other) => Err(Obstacle {
@@ -60,7 +60,7 @@ fn is_paused(class: &VMSnapshotClass) -> bool {
     class.annotations().get(PAUSED_ANNOTATION).is_some_and(|value| value == "true")
 }
 
-fn running_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
+fn usable_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
     let vm = &observed.snapshot.spec.vm_name;
     let Some(target) = &observed.target else {
         return Err(Obstacle::missing(reasons::VM_NOT_FOUND, format!("There is no VMTarget {vm} in this namespace.")));
@@ -69,8 +69,22 @@ fn running_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
         None => format!("No node has reported on VM {vm} yet."),
         // Whether a paused VM can be taken depends on the level that is asked for: its node judges that.
         Some(status) if matches!(status.run_state, RunState::Running | RunState::Paused) => return Ok(status),
-        Some(status) if status.run_state == RunState::Stopped => format!("VM {vm} doesn't run."),
+        Some(status) if status.run_state == RunState::Stopped => match why_not_stopped(observed, status) {
+            None => return Ok(status),
+            Some(why) => format!("VM {vm} doesn't run, {why}."),
+        },
         Some(_) => format!("QEMU of VM {vm} doesn't answer."),
     };
     Err(Obstacle::missing(reasons::VM_NOT_RUNNING, message))
+}
+
+/// Why a stopped VM's disks can't be taken as they lie. It may be started before the deadline, so the snapshot waits.
+fn why_not_stopped(observed: &Observed, target: &VMTargetStatus) -> Option<&'static str> {
+    let wanted = &observed.snapshot.spec.consistency;
+    if wanted.required != ConsistencyLevel::Crash && wanted.fallback != Fallback::Degrade {
+        return Some(
+            "and nothing in it can be frozen; required level Crash, or fallback Degrade, would take its disks",
+        );
+    }
+    target.disks.is_empty().then_some("and its disks aren't known")
 }

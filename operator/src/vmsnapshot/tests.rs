@@ -7,6 +7,7 @@ use freezeframe_api::conditions::{condition, find, reasons, types};
 use freezeframe_api::v1alpha1::{
     ContentPhase, DeletionPolicy, Phase, VMSnapshot, VMSnapshotContent, VMSnapshotStatus, VMTarget,
 };
+use serde_json::json;
 
 use super::cleanup;
 use super::observe::{ClassState, ContentState, Observed};
@@ -100,6 +101,26 @@ fn a_snapshot_that_lacks_something_waits_until_its_deadline_and_says_for_what() 
             (Phase::Failed, pair("True", reasons::DEADLINE_EXCEEDED))
         );
         assert!(status(&late).message.as_ref().unwrap().contains(words), "{late:?}");
+    }
+}
+
+#[test]
+fn a_stopped_vm_is_taken_where_nothing_need_be_frozen_and_its_disks_are_known() {
+    let mut known = target("Stopped");
+    let disk = json!([{"name": "vda", "format": "qcow2", "source": "/images/vda.qcow2", "sizeBytes": 1}]);
+    known.status.as_mut().unwrap().disks = serde_json::from_value(disk).unwrap();
+    for (consistency, target, served) in [
+        (json!({"required": "Crash"}), &known, true),
+        (json!({"required": "Filesystem", "fallback": "Degrade"}), &known, true),
+        (json!({"required": "Filesystem"}), &known, false),
+        (json!({"required": "Crash"}), &self::target("Stopped"), false),
+    ] {
+        let mut wanted = snapshot("a");
+        wanted.spec.consistency = serde_json::from_value(consistency.clone()).unwrap();
+        let plan = plan(&Observed { target: Some(target.clone()), ..observed(wanted) }, at(1));
+        assert_eq!(status(&plan).phase == Phase::Preparing, served, "{consistency}: {plan:?}");
+        let words = status(&plan).message.clone().unwrap_or_default();
+        assert!(served || words.contains("doesn't run, and"), "{words}");
     }
 }
 
