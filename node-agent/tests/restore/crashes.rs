@@ -26,8 +26,14 @@ const IN_PLACE: [&str; 7] = [
     "restore-switched",
     "restore-done",
 ];
-const TO_NEW: [&str; 6] =
-    ["restore-planned", "restore-made", "restore-switching", "restore-switched-one", "restore-switched", "restore-done"];
+const TO_NEW: [&str; 6] = [
+    "restore-planned",
+    "restore-made",
+    "restore-switching",
+    "restore-switched-one",
+    "restore-switched",
+    "restore-done",
+];
 
 const ORDER: &str = "FREEZEFRAME_TEST_ORDER";
 const RUN: &str = "FREEZEFRAME_TEST_RUN";
@@ -170,24 +176,27 @@ async fn a_new_vm_whose_making_is_killed_anywhere_is_there_or_not() {
 /// Nobody but the agent knows of the restore: the VM may be started at any time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_was_started_after_a_crash_keeps_what_it_wrote() {
-    for_every(subjects(&[0, 4], &["restore-made", "restore-switching"]), |Subject(driver, point, stopped)| async move {
-        let mut set = InPlace::new(driver).await;
-        killed_at(&set.lab, &set.order, point);
-        set.lab.world.start().await;
-        set.lab.world.write().await;
-        let reason = if stopped { reasons::VM_CHANGED } else { reasons::VM_RUNNING };
-        if stopped {
-            set.lab.world.quit().await;
-        }
-        let status = set.lab.advance(&set.order).await;
-        let (found, message) = why(&status);
-        assert_eq!((status.phase, found.as_str()), (Some(RestoreContentPhase::Failed), reason), "{message}");
-        set.check_tidy();
-        if stopped {
-            set.lab.world.check_images();
-        } else {
-            set.lab.world.check_guest().await;
-        }
-    })
+    for_every(
+        subjects(&[0, 4], &["restore-made", "restore-switching"]),
+        |Subject(driver, point, stopped)| async move {
+            let mut set = InPlace::new(driver).await;
+            killed_at(&set.lab, &set.order, point);
+            set.lab.world.start().await;
+            set.lab.world.write().await;
+            let reason = if stopped { reasons::VM_CHANGED } else { reasons::VM_RUNNING };
+            if stopped {
+                set.lab.world.quit().await;
+            }
+            let status = set.lab.advance(&set.order).await;
+            let (found, message) = why(&status);
+            assert_eq!((status.phase, found.as_str()), (Some(RestoreContentPhase::Failed), reason), "{message}");
+            set.check_tidy();
+            if stopped {
+                set.lab.world.check_images();
+            } else {
+                set.lab.world.check_guest().await;
+            }
+        },
+    )
     .await;
 }

@@ -45,7 +45,8 @@ async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept()
             {
                 lab.world.check_artifacts(snapshot, data);
             }
-            let left: Vec<_> = lab.files().into_iter().filter(|f| f.contains("vmrestore-") || f.contains("vmreplaced-")).collect();
+            let left: Vec<_> =
+                lab.files().into_iter().filter(|f| f.contains("vmrestore-") || f.contains("vmreplaced-")).collect();
             assert!(left.is_empty(), "{left:?}");
         }
     })

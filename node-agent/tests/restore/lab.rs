@@ -6,9 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use freezeframe_api::conditions::{find, types};
-use freezeframe_api::v1alpha1::{
-    RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus,
-};
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};

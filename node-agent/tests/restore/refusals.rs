@@ -81,7 +81,8 @@ async fn a_new_vm_overwrites_neither_a_vm_nor_a_file() {
 async fn a_disk_or_a_snapshot_that_is_not_there_is_named() {
     let (mut lab, order) = with_snapshots(CASES[0]).await;
     lab.world.quit().await;
-    let said = lab.refused(&RestoreOrder { include: vec!["nvme".into()], ..order.clone() }, reasons::DISK_NOT_FOUND).await;
+    let said =
+        lab.refused(&RestoreOrder { include: vec!["nvme".into()], ..order.clone() }, reasons::DISK_NOT_FOUND).await;
     assert!(said.contains("`nvme`") && said.contains("vd0, vd1"), "{said}");
     lab.refused(&RestoreOrder { exclude: vec!["vd0".into(), "vd1".into()], ..order.clone() }, reasons::NO_DISKS).await;
     lab.refused(&RestoreOrder { source: "other".into(), ..order.clone() }, reasons::SNAPSHOT_NOT_FOUND).await;
@@ -113,7 +114,9 @@ fn free(path: &Path) -> u64 {
 /// An image that says it backs onto a file of the host, as a QEMU that was taken over could write it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backing_file_outside_the_roots_is_not_read() {
-    for (number, backing) in (1..).zip(["/etc/hostname", "../../../../../../etc/hostname", "nbd://localhost/x", "json:{}"]) {
+    for (number, backing) in
+        (1..).zip(["/etc/hostname", "../../../../../../etc/hostname", "nbd://localhost/x", "json:{}"])
+    {
         let mut lab = Lab::of(CASES[2]).await;
         lab.world.write().await;
         let (snapshot, _) = lab.snapshot("copy", number).await;
@@ -142,4 +145,3 @@ async fn a_restore_that_is_cancelled_leaves_nothing() {
     }
     lab.world.check_images();
 }
-
