@@ -243,23 +243,26 @@ fn must_be_finished(record: &RestoreRecord) -> bool {
 }
 
 async fn recover_one(shared: Arc<Shared>, order: RestoreOrder) {
-    let told: Told = watch::Sender::new(None);
     loop {
-        {
-            let _turns = turns(&shared.context.locks, &order).await;
-            // The controller may have been faster.
-            let record = shared.context.restores.journal.load(&order.uid);
-            if record.is_ok_and(|record| !record.as_ref().is_some_and(must_be_finished)) {
-                return tracing::info!("went on with an interrupted restore");
-            }
-            if let Err(error) = shared.context.restores.advance(&order, &NotAsked, &told).await {
-                tracing::error!(%error, "an interrupted restore can't be gone on with");
-            }
+        match recover_step(&shared, &order).await {
+            Ok(true) => return tracing::info!("went on with an interrupted restore"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "an interrupted restore can't be gone on with"),
         }
-        if shared.stop.run_until_cancelled(tokio::time::sleep(Duration::from_millis(200))).await.is_none() {
+        if shared.stop.run_until_cancelled(tokio::time::sleep(TRY_AGAIN)).await.is_none() {
             return;
         }
     }
+}
+
+/// One try; whether there is no more to do. The controller may have been faster.
+async fn recover_step(shared: &Shared, order: &RestoreOrder) -> Result<bool, JournalError> {
+    let _turns = turns(&shared.context.locks, order).await;
+    if !shared.context.restores.journal.load(&order.uid)?.as_ref().is_some_and(must_be_finished) {
+        return Ok(true);
+    }
+    let told: Told = watch::Sender::new(None);
+    Ok(matches!(shared.context.restores.advance(order, &NotAsked, &told).await?, Turn::Over(_)))
 }
 
 /// Ends restores whose object is gone without a word, and forgets those of which nothing is left to do.

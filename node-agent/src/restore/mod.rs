@@ -82,6 +82,9 @@ impl Restores {
     }
 
     async fn begin(&self, order: &RestoreOrder, progress: &dyn Progress, told: &Told) -> Result<Turn, JournalError> {
+        if source::is_moving(self, order)? {
+            return Ok(Turn::Again(Box::new(outcome::waiting(order, "a snapshot of the VM is being deleted"))));
+        }
         let disks = match self.before(order, progress).await {
             Ok(disks) => disks,
             Err(failure) => {

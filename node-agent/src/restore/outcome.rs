@@ -23,6 +23,15 @@ pub fn planned(order: &RestoreOrder, disks: &[DiskRestore], phase: RestoreConten
     status
 }
 
+/// Before anything can be said.
+#[must_use]
+pub fn waiting(order: &RestoreOrder, why: &str) -> VMRestoreContentStatus {
+    let mut status = VMRestoreContentStatus::default();
+    accepted(&mut status, order);
+    conditions(&mut status, order, types::READY, false, reasons::IN_PROGRESS, why);
+    status
+}
+
 /// While images are being made; `copying` is the disk that is, and how far it is.
 #[must_use]
 pub fn restoring(record: &RestoreRecord, copying: Option<(usize, i32)>) -> VMRestoreContentStatus {

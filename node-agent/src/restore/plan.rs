@@ -53,8 +53,8 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
     let like = task.path.clone().ok_or_else(|| not_a_file(task))?;
     let facts = facts(restores, artifact, &like)?;
     let (method, format) = match &order.new_vm {
-        Some(_) => choose_free(order.mode, &facts, &artifact.format),
-        None => (choose(order.mode, &facts, &artifact.format, &task.format), task.format.clone()),
+        Some(_) => choose_free(order.mode, facts, &artifact.format),
+        None => (choose(order.mode, facts, &artifact.format, &task.format), task.format.clone()),
     };
     let path = match &order.new_vm {
         Some(new) => like.with_file_name(format!("{}-{}.{format}", new.name, task.disk)),
@@ -111,7 +111,7 @@ fn facts(restores: &Restores, artifact: &Artifact, beside: &Path) -> Result<Fact
 }
 
 /// How an image of a format that is given is made.
-fn choose(mode: RestoreMode, facts: &Facts, from: &str, to: &str) -> Method {
+fn choose(mode: RestoreMode, facts: Facts, from: &str, to: &str) -> Method {
     match mode {
         _ if facts.shares && !facts.has_backing && from == to => Method::Clone,
         RestoreMode::Linked if facts.nameable && to == "qcow2" => Method::Link,
@@ -120,7 +120,7 @@ fn choose(mode: RestoreMode, facts: &Facts, from: &str, to: &str) -> Method {
 }
 
 /// The same where the format is free: the snapshot's own, unless a link is to be had by another.
-fn choose_free(mode: RestoreMode, facts: &Facts, from: &str) -> (Method, String) {
+fn choose_free(mode: RestoreMode, facts: Facts, from: &str) -> (Method, String) {
     match choose(mode, facts, from, from) {
         Method::Copy if mode == RestoreMode::Linked && facts.nameable => (Method::Link, "qcow2".to_owned()),
         method => (method, from.to_owned()),
@@ -184,14 +184,14 @@ mod tests {
             (Linked, facts(false, false, true), "raw", "qcow2", Method::Link),
             (Linked, facts(false, false, false), "qcow2", "qcow2", Method::Copy),
         ] {
-            assert_eq!(choose(mode, &facts, from, to), wanted, "{mode:?} {facts:?} {from} {to}");
+            assert_eq!(choose(mode, facts, from, to), wanted, "{mode:?} {facts:?} {from} {to}");
         }
     }
 
     #[test]
     fn a_new_vm_gets_a_raw_snapshot_as_a_layer_where_it_may_depend_on_it() {
         let facts = Facts { has_backing: false, shares: false, nameable: true };
-        assert_eq!(choose_free(RestoreMode::Linked, &facts, "raw"), (Method::Link, "qcow2".into()));
-        assert_eq!(choose_free(RestoreMode::Full, &facts, "raw"), (Method::Copy, "raw".into()));
+        assert_eq!(choose_free(RestoreMode::Linked, facts, "raw"), (Method::Link, "qcow2".into()));
+        assert_eq!(choose_free(RestoreMode::Full, facts, "raw"), (Method::Copy, "raw".into()));
     }
 }

@@ -15,7 +15,7 @@ use crate::drivers::DiskTask;
 use crate::hypervisor::device::number_of;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
 use crate::hypervisor::qcow2::{HeaderError, has_external_data, read_header};
-use crate::session::journal::{SessionRecord, Stage};
+use crate::session::journal::{JournalError, SessionRecord, Stage};
 use crate::session::outcome::{Failure, chain};
 
 /// A chain is never deeper than this; a longer one is a loop.
@@ -33,6 +33,15 @@ pub fn snapshot(restores: &Restores, order: &RestoreOrder) -> Result<SessionReco
         Stage::Complete => Ok(record),
         _ => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, "the snapshot isn't complete on this node, or is gone")),
     }
+}
+
+/// Whether the removal of another snapshot of the VM is under way, and may move what this one's record names.
+pub fn is_moving(restores: &Restores, order: &RestoreOrder) -> Result<bool, JournalError> {
+    let sessions = &restores.sessions;
+    let half_removed = |task: &DiskTask| sessions.drivers.find(&task.driver).is_some_and(|d| d.is_half_removed(task));
+    let records = sessions.journal.all()?;
+    let mut of_vm = records.iter().filter(|record| record.order.vm == order.vm && record.stage != Stage::Removed);
+    Ok(of_vm.any(|record| record.tasks.iter().any(half_removed)))
 }
 
 /// The snapshot's disks that the order means.

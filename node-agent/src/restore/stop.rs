@@ -40,7 +40,9 @@ pub async fn see_stopped(
     }
     tracing::info!(timeout = ?order.stop_timeout, "shutting the VM down");
     shut_down(&vm, order.stop_timeout, progress).await?;
+    let process = vm.qmp_identity().peer_pid;
     drop(vm);
+    ends(restores, &order.vm, process).await?;
     stays_down(restores, &order.vm).await?;
     hold_images(restores, disks).await.map(drop)
 }
@@ -82,15 +84,28 @@ async fn shut_down(vm: &Vm, patience: Duration, progress: &dyn Progress) -> Resu
         Ok(()) | Err(QemuError::Closed | QemuError::Io { .. }) => {}
         Err(error) => return Err(busy(&error)),
     }
-    let end = Instant::now() + QUIT_TIMEOUT;
-    while !vm.qmp().is_closed() && vm.run_state().await.is_ok() {
-        if Instant::now() > end {
-            let message = format!("QEMU of VM {} doesn't end, {QUIT_TIMEOUT:?} after it was told to", vm.key());
-            return Err(Failure::new(reasons::VM_RUNNING, message));
-        }
-        sleep(POLL).await;
-    }
     Ok(())
+}
+
+/// Waits until QEMU's sockets are gone; its monitor closes before.
+async fn ends(restores: &Restores, vm: &VmKey, process: i32) -> Result<(), Failure> {
+    let end = Instant::now() + QUIT_TIMEOUT;
+    loop {
+        match Vm::open(&restores.sessions.vm_root, vm).await {
+            Err(OpenError::NotRunning(_)) => return Ok(()),
+            Ok(other) if other.qmp_identity().peer_pid != process => return Err(started_again(vm)),
+            _ if Instant::now() > end => {
+                let message = format!("QEMU of VM {vm} doesn't end, {QUIT_TIMEOUT:?} after it was told to");
+                return Err(Failure::new(reasons::VM_RUNNING, message));
+            }
+            _ => sleep(POLL).await,
+        }
+    }
+}
+
+fn started_again(vm: &VmKey) -> Failure {
+    let message = format!("VM {vm} was shut down, and was started again: stop it by what manages it");
+    Failure::new(reasons::VM_RUNNING, message)
 }
 
 fn busy(error: &QemuError) -> Failure {
@@ -102,8 +117,7 @@ async fn stays_down(restores: &Restores, vm: &VmKey) -> Result<(), Failure> {
     while Instant::now() < end {
         // A monitor that can't be used is one that is there.
         if !matches!(open(restores, vm).await, Ok(None)) {
-            let message = format!("VM {vm} was shut down, and was started again: stop it by what manages it");
-            return Err(Failure::new(reasons::VM_RUNNING, message));
+            return Err(started_again(vm));
         }
         sleep(POLL).await;
     }

@@ -199,11 +199,15 @@ async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place
 
 /// Somebody else's image on top of the snapshot's file needs it as it stands.
 fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<()> {
-    let above = place.id(directory, place.at - 1);
-    for name in dependents(directory, state.base)? {
-        if above.is_none() || directory.id(&name)? != above {
-            let file = directory.join(&state.layer);
-            return Err(DriverError::NotNow(format!("{name} was made on top of {} and needs it", file.display())));
+    refuse_others(directory, &state.layer, state.base, place.id(directory, place.at - 1))
+}
+
+/// No image but `user` backs onto the file: it may be written to, and get another name.
+pub fn refuse_others(directory: &ImageDirectory, name: &str, file: FileId, user: Option<FileId>) -> Result<()> {
+    for other in dependents(directory, file)? {
+        if user.is_none() || directory.id(&other)? != user {
+            let path = directory.join(name);
+            return Err(DriverError::NotNow(format!("{other} was made on top of {} and needs it", path.display())));
         }
     }
     Ok(())
@@ -298,6 +302,7 @@ async fn commit_middle(
     }
     if state.merging.is_none() {
         let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
+        refuse_others(directory, &above_name, above_id, place.id(directory, over))?;
         state.merging = Some(Merging { above: above_name, above_id, done: false });
         state.closing = nodes_of(above);
         return Ok(Removal::Again);

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::merge::kept_for;
+use super::merge::{kept_for, refuse_others};
 use super::prepare::{dependents, header};
 use super::state::{Merging, State};
 use crate::drivers::jobs::{self, Wanted};
@@ -70,6 +70,7 @@ async fn merge_above(
         if state.merging.is_none() {
             let above_id = directory.id(above)?;
             let above_id = above_id.ok_or_else(|| DriverError::NotNow(format!("{above} is gone")))?;
+            refuse_others(directory, above, above_id, directory.id(&chain[at - 2])?)?;
             state.merging = Some(Merging { above: above.clone(), above_id, done: false });
             return Ok(Removal::Again);
         }

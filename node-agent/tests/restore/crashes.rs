@@ -1,0 +1,202 @@
+//! The agent is killed at every effect of a restore, in a process of its own; then it goes on, or takes back.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Command;
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode};
+use freezeframe_guard::client::Guard;
+use freezeframe_node_agent::drivers::Drivers;
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::session::Sessions;
+use freezeframe_node_agent::session::journal::Journal;
+
+use crate::cases::for_every;
+use crate::content::Content;
+use crate::lab::{CASES, Lab, Wish, restores, why};
+
+const IN_PLACE: [&str; 7] = [
+    "restore-planned",
+    "restore-made",
+    "restore-switching",
+    "restore-away",
+    "restore-switched-one",
+    "restore-switched",
+    "restore-done",
+];
+const TO_NEW: [&str; 6] = [
+    "restore-planned",
+    "restore-made",
+    "restore-switching",
+    "restore-switched-one",
+    "restore-switched",
+    "restore-done",
+];
+
+const ORDER: &str = "FREEZEFRAME_TEST_ORDER";
+const RUN: &str = "FREEZEFRAME_TEST_RUN";
+const IMAGES: &str = "FREEZEFRAME_TEST_IMAGES";
+
+/// The process that is killed. Run as a test it has nothing to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agent_that_is_killed() {
+    let Ok(order) = std::env::var(ORDER) else { return };
+    let order: RestoreOrder = serde_json::from_str(&order).unwrap();
+    let (run, images) = (std::env::var(RUN).unwrap(), std::env::var(IMAGES).unwrap());
+    let run = Path::new(&run);
+    let sessions = Sessions {
+        vm_root: run.join("vms"),
+        roots: ImageRoots::new(vec![images.into(), run.join("vms")]),
+        guard: Guard::new(run.join("guard.sock")),
+        journal: Journal::open(run.join("contents")).unwrap(),
+        drivers: Drivers::default(),
+    };
+    let restores = restores(&sessions, &run.join("restores"));
+    drop(restores.advance(&order, &Wish::default(), &tokio::sync::watch::Sender::new(None)).await.unwrap());
+}
+
+/// Works on an order in another process until it is killed at `point`.
+fn killed_at(lab: &Lab, order: &RestoreOrder, point: &str) {
+    let run = lab.world.sessions.vm_root.parent().unwrap();
+    let ended = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "crashes::the_agent_that_is_killed"])
+        .env(ORDER, serde_json::to_string(order).unwrap())
+        .env(RUN, run)
+        .env(IMAGES, lab.world.storage.root())
+        .env("FREEZEFRAME_CRASH_AT", point)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert_eq!(ended.status.signal(), Some(9), "not killed at {point}: {said}");
+}
+
+struct InPlace {
+    lab: Lab,
+    order: RestoreOrder,
+    old: Vec<Content>,
+    before: Vec<Content>,
+}
+
+impl InPlace {
+    async fn new(driver: usize) -> Self {
+        let case = CASES[driver];
+        let mut lab = Lab::of(case).await;
+        lab.world.write().await;
+        let (snapshot, old) = lab.snapshot(case.driver, 1).await;
+        lab.world.write().await;
+        let (kept, before) = lab.snapshot(case.driver, 2).await;
+        lab.world.quit().await;
+        let order = lab.order_in_place(&snapshot, &kept);
+        Self { lab, order, old, before }
+    }
+
+    /// Which data the disks have; none if a disk isn't there, so that no VM could start.
+    fn reads(&self) -> Option<Vec<Content>> {
+        let disks = &self.lab.world.disks;
+        if disks.iter().any(|disk| !disk.file.exists()) {
+            return None;
+        }
+        let is = |data: &[Content]| disks.iter().zip(data).all(|(d, c)| c.check(&d.file, &d.format).is_ok());
+        let found = [&self.old, &self.before].into_iter().find(|data| is(data));
+        Some(found.expect("a mixed set, or other data").clone())
+    }
+
+    fn check_tidy(&self) {
+        let names = self.lab.files();
+        let left: Vec<_> = names.iter().filter(|f| f.contains("vmrestore-") || f.contains("vmreplaced-")).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+struct Subject(usize, &'static str, bool);
+
+impl std::fmt::Display for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} at {}{}", CASES[self.0], self.1, if self.2 { ", then deleted" } else { "" })
+    }
+}
+
+fn subjects(drivers: &[usize], points: &[&'static str]) -> Vec<Subject> {
+    let of = |driver: usize| points.iter().flat_map(move |point| [false, true].map(|end| Subject(driver, point, end)));
+    drivers.iter().copied().flat_map(of).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_in_place_that_is_killed_anywhere_is_whole_or_not_there_at_every_moment() {
+    for_every(subjects(&[0, 4], &IN_PLACE), |Subject(driver, point, deleted)| async move {
+        let mut set = InPlace::new(driver).await;
+        killed_at(&set.lab, &set.order, point);
+        set.reads();
+        if deleted {
+            let begun = !matches!(point, "restore-planned" | "restore-made" | "restore-switching");
+            let deletion = set.lab.restores.delete(&set.order, None).await.unwrap();
+            assert!(deletion.over);
+            assert_eq!(set.reads().as_ref(), Some(if begun { &set.old } else { &set.before }));
+        } else {
+            set.lab.restore(&set.order).await;
+            assert_eq!(set.reads().as_ref(), Some(&set.old));
+        }
+        set.check_tidy();
+        set.lab.world.contents = set.reads().unwrap();
+        set.lab.world.start().await;
+        set.lab.world.check_guest().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_vm_whose_making_is_killed_anywhere_is_there_or_not() {
+    for_every(subjects(&[0, 4], &TO_NEW), |Subject(driver, point, deleted)| async move {
+        let case = CASES[driver];
+        let mut lab = Lab::of(case).await;
+        lab.world.write().await;
+        let (snapshot, taken) = lab.snapshot(case.driver, 1).await;
+        let order = lab.order_to_new(&snapshot, "new", RestoreMode::Full);
+        let before = lab.files();
+        let directory = lab.world.sessions.vm_root.join("shop/new");
+        killed_at(&lab, &order, point);
+        assert_eq!(directory.exists(), point == "restore-done");
+        if deleted {
+            assert!(lab.restores.delete(&order, None).await.unwrap().over);
+            assert_eq!(lab.files() == before, point != "restore-done", "{:?}", lab.files());
+        } else {
+            let images = lab.restore(&order).await;
+            for (image, content) in images.iter().zip(&taken) {
+                content.check(image, image.extension().unwrap().to_str().unwrap()).unwrap();
+            }
+            assert!(directory.join("target.yaml").exists());
+        }
+        lab.world.check_guest().await;
+    })
+    .await;
+}
+
+/// Nobody but the agent knows of the restore: the VM may be started at any time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_was_started_after_a_crash_keeps_what_it_wrote() {
+    for_every(
+        subjects(&[0, 4], &["restore-made", "restore-switching"]),
+        |Subject(driver, point, stopped)| async move {
+            let mut set = InPlace::new(driver).await;
+            killed_at(&set.lab, &set.order, point);
+            set.lab.world.start().await;
+            set.lab.world.write().await;
+            let reason = if stopped { reasons::VM_CHANGED } else { reasons::VM_RUNNING };
+            if stopped {
+                set.lab.world.quit().await;
+            }
+            let status = set.lab.advance(&set.order).await;
+            let (found, message) = why(&status);
+            assert_eq!((status.phase, found.as_str()), (Some(RestoreContentPhase::Failed), reason), "{message}");
+            set.check_tidy();
+            if stopped {
+                set.lab.world.check_images();
+            } else {
+                set.lab.world.check_guest().await;
+            }
+        },
+    )
+    .await;
+}

@@ -1,0 +1,87 @@
+//! A stopped VM's disks put back, and the restore undone by another.
+
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
+use freezeframe_node_agent::restore::order::RestoreOrder;
+
+use crate::cases::for_every;
+use crate::lab::{CASES, Lab};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept() {
+    for_every(CASES.iter().copied(), |case| async move {
+        for mode in [RestoreMode::Linked, RestoreMode::Full] {
+            let mut lab = Lab::of(case).await;
+            lab.world.write().await;
+            let (old, old_data) = lab.snapshot(case.driver, 1).await;
+            lab.world.write().await;
+            let (later, later_data) = lab.snapshot(case.driver, 2).await;
+            lab.world.write().await;
+            let (before, before_data) = lab.snapshot(case.driver, 3).await;
+            lab.world.quit().await;
+
+            let order = RestoreOrder { mode, ..lab.order_in_place(&old, &before) };
+            lab.restore(&order).await;
+            lab.check_disks(&old_data);
+            lab.world.contents.clone_from(&old_data);
+            // The same command line; and what was taken before is what it was.
+            lab.world.start().await;
+            lab.world.check_guest().await;
+            lab.world.write().await;
+            for (snapshot, data) in [(&old, &old_data), (&later, &later_data), (&before, &before_data)] {
+                lab.world.check_artifacts(snapshot, data);
+            }
+
+            let (undone, undone_data) = lab.snapshot(case.driver, 4).await;
+            lab.world.quit().await;
+            let undo = RestoreOrder { mode, ..lab.order_in_place(&before, &undone) };
+            lab.restore(&undo).await;
+            lab.check_disks(&before_data);
+            lab.world.contents.clone_from(&before_data);
+            lab.world.start().await;
+            lab.world.check_guest().await;
+            lab.world.write().await;
+            for (snapshot, data) in
+                [(&old, &old_data), (&later, &later_data), (&before, &before_data), (&undone, &undone_data)]
+            {
+                lab.world.check_artifacts(snapshot, data);
+            }
+            let left: Vec<_> =
+                lab.files().into_iter().filter(|f| f.contains("vmrestore-") || f.contains("vmreplaced-")).collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_disk_alone_is_put_back_and_the_other_stays() {
+    for_every(CASES.iter().copied(), |case| async move {
+        let mut lab = Lab::of(case).await;
+        lab.world.write().await;
+        let (old, old_data) = lab.snapshot(case.driver, 1).await;
+        lab.world.write().await;
+        let (before, before_data) = lab.snapshot(case.driver, 2).await;
+        lab.world.quit().await;
+        let order = RestoreOrder { include: vec!["vd1".into()], ..lab.order_in_place(&old, &before) };
+        lab.restore(&order).await;
+        lab.check_disks(&[before_data[0].clone(), old_data[1].clone()]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_may_be_stopped_is_shut_down_and_by_force_if_its_guest_does_nothing() {
+    let case = CASES[0];
+    let mut lab = Lab::of(case).await;
+    lab.world.write().await;
+    let (old, _) = lab.snapshot(case.driver, 1).await;
+    let order = RestoreOrder { step: RestoreStep::Stop, stop_vm: true, ..lab.order(&old) };
+    let status = lab.advance(&order).await;
+    assert_eq!(status.phase, Some(RestoreContentPhase::Stopped), "{:?}", status.conditions);
+    assert!(!lab.world.sessions.vm_root.join("shop/db-1/qmp.sock").exists(), "QEMU has ended in good order");
+    lab.world.check_images();
+    // Again: it is stopped.
+    let status = lab.advance(&order).await;
+    assert_eq!(status.phase, Some(RestoreContentPhase::Stopped));
+    assert!(status.disks.iter().all(|disk| disk.message.as_ref().unwrap().contains("kept")));
+}

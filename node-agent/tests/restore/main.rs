@@ -1,0 +1,32 @@
+//! Restores on real storage: in place and to new VMs, of every driver's snapshots, killed at every effect.
+//!
+//! The VM is the conformance suite's: a QEMU with no guest but its BIOS. It needs root, `qemu-system-x86_64`,
+//! `qemu-utils`, `xfsprogs` and `btrfs-progs`, and fails without.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+#[allow(dead_code, reason = "shared with the conformance suite")]
+#[path = "../conformance/cases.rs"]
+mod cases;
+#[allow(dead_code, reason = "shared with the conformance suite")]
+#[path = "../conformance/content.rs"]
+mod content;
+#[path = "../conformance/loopcopy.rs"]
+mod loopcopy;
+#[allow(dead_code, reason = "shared with the conformance suite")]
+#[path = "../conformance/machine.rs"]
+mod machine;
+#[allow(dead_code, reason = "shared with the conformance suite")]
+#[path = "../conformance/storage.rs"]
+mod storage;
+#[allow(dead_code, reason = "shared with the conformance suite")]
+#[path = "../conformance/world.rs"]
+mod world;
+
+#[cfg(feature = "crash-points")]
+mod crashes;
+mod dependence;
+mod in_place;
+mod lab;
+mod refusals;
+mod to_new;
