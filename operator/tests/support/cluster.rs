@@ -93,7 +93,7 @@ impl Cluster {
             let state = self.state();
             let snapshots: Vec<VMSnapshot> =
                 state.snapshots.values().map(|snapshot| serde_json::from_value(snapshot.clone()).unwrap()).collect();
-            (self.parsed(&state), snapshots)
+            (parsed(&state), snapshots)
         };
         self.sources.schedules.fill([schedule]);
         self.sources.snapshots.fill(snapshots);
@@ -102,14 +102,8 @@ impl Cluster {
         self.sources.classes.fill([objects::class()]);
     }
 
-    fn parsed(&self, state: &State) -> VMSnapshotSchedule {
-        let mut schedule = state.schedule.clone();
-        schedule["metadata"]["resourceVersion"] = json!(state.version.to_string());
-        serde_json::from_value(schedule).unwrap()
-    }
-
     pub fn schedule(&self) -> VMSnapshotSchedule {
-        self.parsed(&self.state())
+        parsed(&self.state())
     }
 
     /// Has the operator look at the schedule by what it was last shown.
@@ -178,6 +172,12 @@ impl Cluster {
     pub fn names(&self) -> Vec<String> {
         self.state().snapshots.keys().cloned().collect()
     }
+}
+
+fn parsed(state: &State) -> VMSnapshotSchedule {
+    let mut schedule = state.schedule.clone();
+    schedule["metadata"]["resourceVersion"] = json!(state.version.to_string());
+    serde_json::from_value(schedule).unwrap()
 }
 
 pub fn good() -> Value {
