@@ -280,6 +280,28 @@ fn vms_that_are_named_but_missing_and_vms_that_are_no_longer_selected_are_told_o
 }
 
 #[test]
+fn a_snapshot_is_good_by_the_level_that_it_had_to_have_itself() {
+    let rows = [
+        ("Filesystem", Some("Filesystem"), "True Completed"),
+        ("Crash", Some("Filesystem"), "True Completed"),
+        ("Crash", Some("Crash"), "True Completed"),
+        ("Filesystem", Some("Crash"), "False SnapshotFailed"),
+        ("Crash", None, "False SnapshotFailed"),
+    ];
+    for (required, proved, expected) in rows {
+        let schedule = schedule(&json!({"template": {"consistency": {"required": "Filesystem"}}}));
+        let mut snapshot = made(&schedule, "a", "2026-01-01T01:00:00Z", Phase::Ready);
+        snapshot.spec.consistency.required = serde_json::from_value(json!(required)).unwrap();
+        let evidence = proved.map(|level| serde_json::from_value(json!({"level": level})).unwrap());
+        snapshot.status.as_mut().unwrap().consistency = evidence;
+        let status = told(&plan(&observed(&schedule, &["a"], vec![snapshot]), at("2026-01-01T01:30:00Z")));
+        assert_eq!(condition(&status, types::PROTECTED), expected, "{required} {proved:?}");
+        let is_good = expected.starts_with("True");
+        assert_eq!(status.vms[0].last_successful_time.is_some(), is_good, "{required} {proved:?}");
+    }
+}
+
+#[test]
 fn a_schedule_that_is_being_deleted_does_nothing_more() {
     let mut schedule = schedule(&json!({"keep": {"last": 1}}));
     let now = at("2026-01-01T05:00:00Z");
