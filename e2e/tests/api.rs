@@ -121,6 +121,12 @@ fn content(name: &str, node: &str) -> Value {
     })
 }
 
+fn schedule(name: &str) -> Value {
+    let metadata = json!({"name": name, "namespace": "shop"});
+    json!({"apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMSnapshotSchedule", "metadata": metadata,
+        "spec": {"schedule": "@daily"}})
+}
+
 fn target(name: &str) -> Value {
     let metadata = json!({"name": name, "namespace": "shop"});
     json!({"apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMTarget", "metadata": metadata, "spec": {}})
@@ -143,15 +149,16 @@ async fn kubectl_finds_and_shows_all_kinds() -> Result<()> {
     let plane = plane(directory.path()).await?;
     let client = plane.client().await?;
     apply(&plane, "examples/vmsnapshotclass.yaml")?;
-    for object in [target("db-1"), snapshot("nightly"), content("one", "node-1"), content("two", "node-2")] {
-        put(&client, &object).await?;
+    let orders = [content("one", "node-1"), content("two", "node-2")];
+    for object in [target("db-1"), snapshot("nightly"), schedule("nightly")].iter().chain(&orders) {
+        put(&client, object).await?;
     }
     let disk = |name| json!({"name": name, "format": "qcow2", "source": "/vms/disk", "sizeBytes": 1});
     let status = json!({"nodeName": "node-1", "runState": "Running", "disks": [disk("vda"), disk("vdb")]});
     put_status(&client, &target("db-1"), status).await?;
 
     let all = plane.kubectl(&["get", "freezeframe", "--all-namespaces", "--output=name"])?;
-    let plurals = ["vmtarget", "vmsnapshot", "vmsnapshotclass", "vmsnapshotcontent"];
+    let plurals = ["vmtarget", "vmsnapshot", "vmsnapshotschedule", "vmsnapshotclass", "vmsnapshotcontent"];
     assert!(plurals.iter().all(|kind| all.contains(&format!("{kind}.freezeframe.dev/"))), "{all}");
     let get = |arguments: &str| {
         let arguments: Vec<&str> = ["get", "--namespace=shop"].into_iter().chain(arguments.split(' ')).collect();
@@ -163,6 +170,7 @@ async fn kubectl_finds_and_shows_all_kinds() -> Result<()> {
     );
     assert_eq!(get("vmsnap --field-selector=spec.vmName=db-2 --output=name")?, "");
     assert_eq!(columns(&get("vmt --no-headers")?)[..5], ["db-1", "node-1", "Running", "Absent", "vda"]);
+    assert_eq!(columns(&get("vmss --no-headers")?)[..2], ["nightly", "@daily"]);
     assert_eq!(columns(&get("vmsc --no-headers")?)[..3], ["standard", "overlay", "Delete"]);
     assert_eq!(columns(&get("vmsnapc one --no-headers")?)[..5], ["one", "node-1", "shop", "nightly", "db-1"]);
     Ok(())

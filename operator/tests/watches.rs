@@ -122,3 +122,33 @@ async fn a_snapshot_that_goes_lets_the_next_one_of_its_vm_start() {
     let change = ("vmsnapshots", json!({"type": "DELETED", "object": first}));
     wakes(lists, "Queued", change, starts_a).await;
 }
+
+/// A schedule without a VM, and the lists that go with it.
+fn with_schedule() -> Lists {
+    let mut lists = lists(&[], json!([]), json!([]), json!([class()]));
+    let metadata = json!({"name": "nightly", "namespace": "shop", "uid": "uid-s", "resourceVersion": "1",
+        "creationTimestamp": "2026-01-01T00:00:00Z"});
+    let (_, schedules) = lists.iter_mut().find(|(plural, _)| *plural == "vmsnapshotschedules").unwrap();
+    *schedules = json!([{"metadata": metadata, "spec": {"schedule": "0 0 1 1 *", "suspend": false}}]);
+    lists
+}
+
+#[tokio::test]
+async fn a_vm_that_appears_is_taken_by_the_schedule_of_its_namespace() {
+    let change = ("vmtargets", json!({"type": "ADDED", "object": target()}));
+    let counts_it = |call: &Call| {
+        call.is(&Method::PATCH, "/vmsnapshotschedules/nightly/status") && call.body["status"]["vmCount"] == json!(1)
+    };
+    wakes(with_schedule(), "No VM is selected", change, counts_it).await;
+}
+
+#[tokio::test]
+async fn a_class_that_is_paused_stops_the_schedule() {
+    let mut paused = class();
+    paused.metadata.annotations.get_or_insert_default().insert("freezeframe.dev/paused".into(), "true".into());
+    let change = ("vmsnapshotclasses", json!({"type": "MODIFIED", "object": paused}));
+    let says_so = |call: &Call| {
+        call.is(&Method::PATCH, "/vmsnapshotschedules/nightly/status") && call.body.to_string().contains("is paused")
+    };
+    wakes(with_schedule(), "No VM is selected", change, says_so).await;
+}

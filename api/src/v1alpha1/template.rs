@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Consistency, DeletionPolicy, DiskSelection, Quiesce};
 
-/// VMTargets of one namespace: by label, or by name. All of them when nothing is given.
+/// `VMTargets` of one namespace: by label, or by name. All of them when nothing is given.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -25,7 +25,7 @@ pub struct TargetSelector {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
     pub match_expressions: Vec<LabelSelectorRequirement>,
-    /// Names of VMTargets. Set by the user.
+    /// Names of `VMTargets`. Set by the user.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 256),

@@ -62,8 +62,9 @@ pub struct VMSnapshotScheduleSpec {
     )]
     pub schedule: String,
     /// The IANA time zone that the times are in, and that days, weeks, months and years of `keep` begin in, such as
-    /// `Europe/Vienna`. A time that is skipped when the clocks go forward is taken at the first instant after it; one that
-    /// comes twice when they go back is taken at the first. Set by the user; UTC when absent.
+    /// `Europe/Vienna`. Where the pattern has one time a day, one that is skipped when the clocks go forward is taken at
+    /// the first instant after the gap, and one that comes twice when they go back is taken at the first. Set by the user;
+    /// UTC when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$"))]
     pub time_zone: Option<String>,
@@ -87,7 +88,7 @@ pub struct VMSnapshotScheduleSpec {
     /// a VM is made up for. Set by the user; false when absent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub suspend: bool,
-    /// The VMs: VMTargets of the same namespace. Set by the user; all of them when it is empty.
+    /// The VMs: `VMTargets` of the same namespace. Set by the user; all of them when it is empty.
     #[serde(default)]
     pub selector: TargetSelector,
     /// What each snapshot is like. Set by the user; the defaults of a VMSnapshot when absent.
@@ -141,6 +142,9 @@ pub struct ScheduledVM {
     /// Its snapshots that are being taken.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub active: Vec<String>,
+    /// The VM isn't selected any more. The rules still apply to the snapshots that it has.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deselected: bool,
     /// What keeps its next snapshot from being taken, or became of the last one. Absent when there is nothing to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,

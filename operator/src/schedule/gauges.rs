@@ -2,7 +2,9 @@
 
 use std::fmt;
 
+use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{ScheduledVM, VMSnapshotSchedule};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use kube::runtime::reflector::Store;
@@ -35,7 +37,8 @@ struct OfVm {
 struct OfSchedule {
     namespace: String,
     schedule: String,
-    suspended: &'static str,
+    /// Whether it is suspended, or its class paused.
+    stopped: &'static str,
 }
 
 impl Collector for ScheduleGauges {
@@ -57,6 +60,8 @@ impl Collector for ScheduleGauges {
             "Cut of a VM's latest good snapshot",
             successes,
         )?;
+        let ready = schedules.iter().map(|schedule| (of_schedule(schedule), i64::from(is_ready(schedule))));
+        gauge(&mut encoder, "freezeframe_schedule_ready", "1 for a schedule that can be followed, else 0", ready)?;
         let intervals = schedules.iter().filter_map(|schedule| Some((of_schedule(schedule), interval(schedule, now)?)));
         gauge(
             &mut encoder,
@@ -80,10 +85,17 @@ fn gauge<L: EncodeLabelSet>(
     Ok(())
 }
 
-/// The VMs that are still selected: nobody takes care of the others.
+/// The VMs that are still selected: of the others nobody wants a new snapshot.
 fn vms(schedule: &VMSnapshotSchedule) -> impl Iterator<Item = &ScheduledVM> {
-    let status = schedule.status.iter();
-    status.flat_map(|status| &status.vms).filter(|vm| vm.next_time.is_some() || schedule.spec.suspend)
+    schedule.status.iter().flat_map(|status| &status.vms).filter(|vm| !vm.deselected)
+}
+
+fn ready(schedule: &VMSnapshotSchedule) -> Option<&Condition> {
+    find(&schedule.status.as_ref()?.conditions, types::READY)
+}
+
+fn is_ready(schedule: &VMSnapshotSchedule) -> bool {
+    ready(schedule).is_some_and(|ready| ready.status == "True")
 }
 
 fn of_vm(schedule: &VMSnapshotSchedule, vm: &ScheduledVM) -> OfVm {
@@ -91,10 +103,12 @@ fn of_vm(schedule: &VMSnapshotSchedule, vm: &ScheduledVM) -> OfVm {
 }
 
 fn of_schedule(schedule: &VMSnapshotSchedule) -> OfSchedule {
+    let reason = ready(schedule).map_or("", |ready| &ready.reason);
+    let is_stopped = [reasons::SUSPENDED, reasons::PAUSED].contains(&reason);
     OfSchedule {
         namespace: schedule.namespace().unwrap_or_default(),
         schedule: schedule.name_any(),
-        suspended: if schedule.spec.suspend { "true" } else { "false" },
+        stopped: if is_stopped { "true" } else { "false" },
     }
 }
 

@@ -128,14 +128,16 @@ fn keep_latest(judged: &mut [Judged], worth: Worth, count: usize, reason: &str) 
 struct Count {
     name: &'static str,
     wanted: usize,
-    /// What tells the period of the snapshot with that index and time from the one beside it.
-    period: fn(usize, &Zoned) -> (i64, i64),
+    period: Period,
 }
+
+/// What tells the period of the snapshot with that index and time from the one beside it.
+type Period = fn(usize, &Zoned) -> (i64, i64);
 
 fn counts(keep: &Keep) -> Vec<Count> {
     // No `..`: a new rule doesn't compile until it is counted.
     let Keep { last, hourly, daily, weekly, monthly, yearly, within: _ } = keep;
-    let rows: [(_, _, fn(usize, &Zoned) -> (i64, i64)); 6] = [
+    let rows: [(_, _, Period); 6] = [
         ("last", last, |index, _| (0, i64::try_from(index).unwrap_or(i64::MAX))),
         ("hourly", hourly, |_, time| (day(time), time.hour().into())),
         ("daily", daily, |_, time| (day(time), 0)),

@@ -6,6 +6,7 @@
 
 mod apply;
 pub mod gauges;
+mod judgement;
 pub mod keep;
 mod made;
 mod observe;
@@ -15,7 +16,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 pub mod timing;
-pub mod wakes;
+pub(crate) mod wakes;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -80,9 +80,13 @@ pub fn classes(caches: &Caches) -> Classes {
 /// Reads everything, from the caches where that is safe.
 pub async fn observe(schedule: Arc<VMSnapshotSchedule>, ctx: &Context) -> Result<Observed, Error> {
     let snapshots = snapshots(&schedule, ctx).await?;
+    let restored = match snapshots[..] {
+        [] => BTreeSet::new(),
+        _ => prune::restored(ctx, &schedule.namespace().unwrap_or_default()).await?,
+    };
     Ok(Observed {
         vms: selected(&schedule, &ctx.caches.targets),
-        restored: prune::restored(ctx, &schedule.namespace().unwrap_or_default()).await?,
+        restored,
         classes: classes(&ctx.caches),
         snapshots,
         schedule,

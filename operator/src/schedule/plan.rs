@@ -1,17 +1,17 @@
 //! Decides what to do about a schedule. Pure: from what was observed and the time of day.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{
-    ConcurrencyPolicy, Phase, ScheduleDeletionPolicy, VMSnapshot, VMSnapshotSchedule, VMSnapshotScheduleStatus,
+    ConcurrencyPolicy, ScheduleDeletionPolicy, VMSnapshot, VMSnapshotSchedule, VMSnapshotScheduleStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 
-use super::keep::{Candidate, Judged, Rules, Worth, judge};
+use super::judgement::{is_active, judgements, protection, removed};
 use super::made;
 use super::observe::{Classes, Observed, Vm};
 use super::status::{Stop, Stopped, status};
@@ -57,9 +57,6 @@ pub struct Run {
     /// What is in the way, or went wrong.
     pub message: Option<String>,
 }
-
-/// What retention makes of each VM's snapshots: now, and when the next snapshot is there.
-pub type Judgements = BTreeMap<String, (Vec<Judged>, Vec<Judged>)>;
 
 /// Decides.
 pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
@@ -168,7 +165,7 @@ fn start(runs: &mut [Run], observed: &Observed, actions: &mut Vec<Action>) {
 
 /// Why those that are being taken keep the next one waiting, if they do.
 fn reason_to_wait(run: &Run, observed: &Observed) -> Option<String> {
-    let names = || run.active.iter().map(|snapshot| snapshot.name_any()).collect::<Vec<_>>().join(", ");
+    let names = || run.active.iter().map(kube::ResourceExt::name_any).collect::<Vec<_>>().join(", ");
     match observed.schedule.spec.concurrency_policy {
         ConcurrencyPolicy::Forbid => Some(format!("{} is still being taken.", names())),
         ConcurrencyPolicy::Replace => {
@@ -177,67 +174,6 @@ fn reason_to_wait(run: &Run, observed: &Observed) -> Option<String> {
             run.active.iter().any(needed).then(|| format!("{} is still being taken and is protected.", names()))
         }
     }
-}
-
-/// Whether it is still being taken. One that is being deleted keeps nobody waiting.
-pub fn is_active(snapshot: &VMSnapshot) -> bool {
-    snapshot.metadata.deletion_timestamp.is_none() && worth(snapshot).is_none()
-}
-
-/// What a snapshot is worth; None while it is being taken, or deleted.
-pub fn worth(snapshot: &VMSnapshot) -> Option<Worth> {
-    let Some(status) = &snapshot.status else { return None };
-    match status.phase {
-        Phase::Failed => Some(Worth::Failed),
-        Phase::Ready => {
-            let proved = status.consistency.as_ref().map(|evidence| evidence.level);
-            let is_enough = proved.is_some_and(|level| level >= snapshot.spec.consistency.required);
-            Some(if is_enough { Worth::Good } else { Worth::Unproved })
-        }
-        Phase::Pending | Phase::Preparing | Phase::Cutting | Phase::Completing | Phase::Deleting => None,
-    }
-}
-
-/// Why nobody may remove it, whatever the rules say.
-fn protection(snapshot: &VMSnapshot, restored: &BTreeSet<String>, classes: &Classes) -> Vec<&'static str> {
-    let rows = [
-        ("held", snapshot.spec.hold),
-        ("restore", restored.contains(&snapshot.name_any())),
-        ("paused", classes.paused(snapshot.spec.class_name.as_deref()).is_some()),
-    ];
-    rows.into_iter().filter(|(_, applies)| *applies).map(|(reason, _)| reason).collect()
-}
-
-/// What retention makes of all snapshots of the schedule. The next one is taken to be good.
-pub fn judgements(observed: &Observed, timing: &Timing, next: Timestamp, now: Timestamp) -> Judgements {
-    let mut of_vms: BTreeMap<String, Vec<Candidate>> = BTreeMap::new();
-    for snapshot in &observed.snapshots {
-        of_vms.entry(snapshot.spec.vm_name.clone()).or_default().extend(candidate(snapshot, observed));
-    }
-    let rules = Rules::of(&observed.schedule.spec, timing.zone());
-    let judge_both = |(vm, candidates): (String, Vec<Candidate>)| {
-        let to_come = Candidate { name: String::new(), time: next, worth: Worth::Good, protected: vec![] };
-        let then = candidates.iter().cloned().chain([to_come]).collect();
-        (vm, (judge(candidates, &rules, now), judge(then, &rules, next)))
-    };
-    of_vms.into_iter().map(judge_both).collect()
-}
-
-fn candidate(snapshot: &VMSnapshot, observed: &Observed) -> Option<Candidate> {
-    let worth = worth(snapshot).filter(|_| snapshot.metadata.deletion_timestamp.is_none())?;
-    let cut = snapshot.status.as_ref().and_then(|status| status.creation_time.as_ref()).map(|time| time.0);
-    let created = || snapshot.creation_timestamp().map_or(Timestamp::UNIX_EPOCH, |time| time.0);
-    Some(Candidate {
-        name: snapshot.name_any(),
-        time: cut.unwrap_or_else(created),
-        worth,
-        protected: protection(snapshot, &observed.restored, &observed.classes),
-    })
-}
-
-/// Names of those that go.
-pub fn removed(judged: &[Judged]) -> impl Iterator<Item = &String> {
-    judged.iter().filter(|one| one.reasons.is_empty()).map(|one| &one.snapshot.name)
 }
 
 /// Has each snapshot say, as the policy wants it, whether it goes with the schedule. Snapshots outlive changes of it.

@@ -13,8 +13,8 @@ use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource as _, ResourceExt as _};
 use tracing::warn;
 
+use super::judgement::{judgements, removed};
 use super::observe::Observed;
-use super::plan::{judgements, removed};
 use super::timing::Timing;
 use super::{apply, made, observe};
 use crate::context::Context;

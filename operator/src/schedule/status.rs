@@ -10,10 +10,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 
+use super::judgement::{Judgements, is_active, removed, worth};
 use super::keep::{Judged, Worth};
 use super::made;
 use super::observe::Observed;
-use super::plan::{Judgements, Run, is_active, removed, worth};
+use super::plan::Run;
 
 /// Snapshots that are listed of one VM at the most.
 const LISTED: usize = 64;
@@ -83,6 +84,7 @@ fn scheduled_vm(run: &Run, judgements: &Judgements, stopped: Option<&Stopped>) -
         last_successful_time: last_success(judgements, &run.vm.name),
         next_time: run.next.filter(|_| stopped.is_none()).map(Time),
         active: run.active.iter().map(kube::ResourceExt::name_any).collect(),
+        deselected: false,
         message: run.message.clone(),
     }
 }
@@ -106,7 +108,8 @@ fn left_behind(observed: &Observed, runs: &[Run], judgements: &Judgements) -> Ve
         last_successful_time: last_success(judgements, vm),
         next_time: None,
         active: snapshots.iter().filter(|snapshot| is_active(snapshot)).map(|snapshot| snapshot.name_any()).collect(),
-        message: Some("The VM is not selected any more.".to_owned()),
+        deselected: true,
+        message: None,
     };
     others.into_iter().map(stand).collect()
 }

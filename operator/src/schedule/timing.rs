@@ -94,12 +94,13 @@ impl Timing {
     #[must_use]
     pub fn delay(&self, vm_uid: &str) -> SignedDuration {
         let millis = u64::try_from(self.jitter.as_millis()).unwrap_or(u64::MAX);
-        let share = u128::from(hash(vm_uid)) * u128::from(millis) >> 64;
+        let share = (u128::from(hash(vm_uid)) * u128::from(millis)) >> 64;
         SignedDuration::from_millis(i64::try_from(share).unwrap_or(i64::MAX))
     }
 }
 
 /// FNV-1a with a final mix. It must be the same in every version of the program, as the standard library's need not be.
+#[must_use]
 pub fn hash(text: &str) -> u64 {
     let sum = text
         .bytes()

@@ -6,6 +6,7 @@
     reason = "each test crate uses a part; a test's support may stop it"
 )]
 
+pub mod cluster;
 pub mod objects;
 
 use std::sync::Arc;
@@ -54,17 +55,22 @@ impl Server {
 
     /// The next call, whatever it is. One must come.
     pub async fn next(&mut self) -> Call {
-        let (request, reply) = timeout(PATIENCE, self.0.next_request()).await.expect("no call came").unwrap();
+        timeout(PATIENCE, self.poll()).await.expect("no call came").unwrap()
+    }
+
+    /// The next call, however late it comes; None when the client is gone.
+    pub async fn poll(&mut self) -> Option<Call> {
+        let (request, reply) = self.0.next_request().await?;
         let (parts, body) = request.into_parts();
         let bytes = body.collect_bytes().await.unwrap();
-        Call {
+        Some(Call {
             method: parts.method,
             path: parts.uri.path().to_owned(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
             content_type: parts.headers.get("content-type").map(|v| v.to_str().unwrap().to_owned()).unwrap_or_default(),
             body: serde_json::from_slice(&bytes).unwrap_or_default(),
             reply,
-        }
+        })
     }
 }
 
