@@ -123,6 +123,8 @@ fn a_restore() {
             (json!({"phase": "Pending"}), "Progressing", ""),
             (json!({"phase": "Restoring", "message": "40 %"}), "Progressing", "40 %"),
             (json!({"phase": "Succeeded"}), "Healthy", ""),
+            (json!({"phase": "Planned"}), "Healthy", ""),
+            (json!({"phase": "Deleting", "observedGeneration": 1, "message": "Goes."}), "Progressing", "Goes."),
             (json!({"phase": "Failed", "message": "The disk is full."}), "Degraded", "The disk is full."),
             (json!({"phase": "Pending", "conditions": [stalled]}), "Degraded", "No such snapshot."),
         ],
@@ -142,6 +144,19 @@ fn what_nodes_report() {
             (json!({"phase": "Removed"}), "Progressing", ""),
         ],
     );
+    check(
+        "VMRestoreContent",
+        vec![
+            (Value::Null, "Progressing", "The node has not reported yet."),
+            (json!({"phase": "Planned"}), "Progressing", ""),
+            (json!({"phase": "Restoring"}), "Progressing", ""),
+            (json!({"phase": "Succeeded"}), "Healthy", ""),
+            (json!({"phase": "Failed", "conditions": [not_ready]}), "Degraded", "QEMU says no."),
+        ],
+    );
+    let mut dry_run = object("VMRestoreContent", &json!({"phase": "Planned"}));
+    dry_run["spec"]["step"] = json!("Plan");
+    assert_eq!(health(&dry_run).0, "Healthy", "that is all that was asked");
     check(
         "VMTarget",
         vec![

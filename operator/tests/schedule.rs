@@ -194,6 +194,21 @@ async fn a_hold_that_comes_between_the_list_and_the_deletion_is_respected() {
 }
 
 #[tokio::test]
+async fn the_plan_says_what_a_restore_needs() {
+    let mut cluster = about_to_prune().await;
+    let needed = "s-a-20260101t030000z";
+    cluster.state().restores = json!([
+        {"metadata": {"name": "r", "namespace": "shop"}, "spec": {"snapshotName": needed}, "status": {"phase": "Planned"}},
+        {"metadata": {"name": "r", "namespace": "bank"}, "spec": {"snapshotName": "s-a-20260101t040000z"}},
+    ]);
+    cluster.settle().await;
+    let plan = cluster.schedule().status.unwrap().plan.remove(0);
+    let reasons: Vec<_> = plan.keep.into_iter().map(|kept| (kept.name, kept.reasons)).collect();
+    assert_eq!(reasons[2], (needed.to_owned(), vec!["restore".to_owned()]));
+    assert_eq!(reasons[1].1, ["last"], "a restore of another namespace protects nothing here");
+}
+
+#[tokio::test]
 async fn a_finished_restore_protects_nothing_any_more() {
     let cluster = about_to_prune().await;
     let restore = |phase: &str| {

@@ -20,7 +20,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{RestorePhase, VMRestore};
-use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 
 use crate::caches::Guarded;
@@ -47,7 +46,7 @@ pub async fn reconcile(restore: Arc<Guarded<VMRestore>>, ctx: Arc<Context>) -> R
     }
     ctx.caches.filled().await;
     let observed = observe::observe(restore, &ctx).await?;
-    let actions = plan::plan(&observed, Timestamp::now());
+    let actions = plan::plan(&observed, ctx.clock.now());
     apply::apply(&observed.restore, actions, &ctx).await?;
     Ok(Action::requeue(if is_settled(&observed.restore) { RESYNC } else { RESYNC_WAITING }))
 }

@@ -80,17 +80,20 @@ pub fn classes(caches: &Caches) -> Classes {
 /// Reads everything, from the caches where that is safe.
 pub async fn observe(schedule: Arc<VMSnapshotSchedule>, ctx: &Context) -> Result<Observed, Error> {
     let snapshots = snapshots(&schedule, ctx).await?;
-    let restored = match snapshots[..] {
-        [] => BTreeSet::new(),
-        _ => prune::restored(ctx, &schedule.namespace().unwrap_or_default()).await?,
-    };
     Ok(Observed {
         vms: selected(&schedule, &ctx.caches.targets),
-        restored,
+        restored: restored(&schedule, &ctx.caches),
         classes: classes(&ctx.caches),
         snapshots,
         schedule,
     })
+}
+
+fn restored(schedule: &VMSnapshotSchedule, caches: &Caches) -> BTreeSet<String> {
+    let restores = caches.restores.state();
+    let readable = restores.iter().filter_map(|restore| restore.0.as_ref().ok()); // As above.
+    let beside = readable.filter(|restore| restore.namespace() == schedule.namespace());
+    beside.filter_map(prune::needed).map(str::to_owned).collect()
 }
 
 /// The snapshots that the cache shows, and those that our last status names but the cache doesn't show yet.

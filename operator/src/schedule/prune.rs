@@ -6,9 +6,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotSchedule};
-use freezeframe_api::{GROUP, SCHEDULE_UID_LABEL};
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams};
+use freezeframe_api::SCHEDULE_UID_LABEL;
+use freezeframe_api::v1alpha1::{RestorePhase, VMRestore, VMSnapshot, VMSnapshotSchedule};
+use kube::api::ListParams;
 use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource as _, ResourceExt as _};
 use tracing::warn;
@@ -72,18 +72,16 @@ fn expired(schedule: &VMSnapshotSchedule) -> Event {
     }
 }
 
-/// Names of the snapshots that a restore which has not come to its end needs. Read from the server each time. A cluster
-/// that doesn't know the kind has no restores.
-pub async fn restored(ctx: &Context, namespace: &str) -> Result<BTreeSet<String>, Error> {
-    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(GROUP, "v1alpha1", "VMRestore"));
-    let api = Api::<DynamicObject>::namespaced_with(ctx.client.clone(), namespace, &kind);
-    let restores = match bounded("listing restores", api.list(&ListParams::default())).await {
-        Ok(restores) => restores.items,
-        Err(Error::Api { source: kube::Error::Api(status), .. }) if status.code == 404 => vec![],
-        Err(error) => return Err(error),
-    };
-    let unfinished =
-        |restore: &&DynamicObject| !matches!(restore.data["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
-    let needed = |restore: &DynamicObject| restore.data["spec"]["snapshotName"].as_str().map(str::to_owned);
-    Ok(restores.iter().filter(unfinished).filter_map(needed).collect())
+/// Names of the snapshots that restores need, as the server says.
+async fn restored(ctx: &Context, namespace: &str) -> Result<BTreeSet<String>, Error> {
+    let api = Api::<VMRestore>::namespaced(ctx.client.clone(), namespace);
+    let listed = bounded("listing restores", api.list(&ListParams::default())).await?;
+    Ok(listed.iter().filter_map(needed).map(str::to_owned).collect())
+}
+
+/// The snapshot that the restore needs until it has come to its end. A dry run needs it for what is to follow.
+pub fn needed(restore: &VMRestore) -> Option<&str> {
+    let phase = restore.status.as_ref().map(|status| status.phase);
+    let has_ended = matches!(phase, Some(RestorePhase::Succeeded | RestorePhase::Failed));
+    (!has_ended).then_some(&restore.spec.snapshot_name)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotSchedule, VMTarget};
+use freezeframe_api::v1alpha1::{VMRestore, VMSnapshot, VMSnapshotSchedule, VMTarget};
 use freezeframe_operator::caches::{Caches, Sources};
 use freezeframe_operator::clock::Clock;
 use freezeframe_operator::context::Context;
@@ -97,6 +97,8 @@ impl Cluster {
         };
         self.sources.schedules.fill([schedule]);
         self.sources.snapshots.fill(snapshots);
+        let restores = serde_json::from_value::<Vec<VMRestore>>(self.state().restores.clone()).unwrap();
+        self.sources.restores.fill(restores);
         self.sources.contents.fill([]);
         self.sources.targets.fill(self.targets.clone());
         self.sources.classes.fill([objects::class()]);
