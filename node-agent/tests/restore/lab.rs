@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
+use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
@@ -31,6 +32,9 @@ pub const CASES: &[Case] = &[
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "raw" },
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "qcow2" },
 ];
+
+/// Long enough for a BIOS to look at its disks.
+const BOOT: Duration = Duration::from_secs(15);
 
 pub struct Lab {
     pub world: World,
@@ -63,7 +67,8 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
         journal: sessions.journal.clone(),
         drivers: sessions.drivers.clone(),
     };
-    Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap() }
+    let boots = Boots::new(64, BOOT, 1);
+    Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap(), boots }
 }
 
 impl Lab {
