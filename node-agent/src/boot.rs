@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
 use crate::hypervisor::image::{ImageError, ImageRoots};
+use crate::hypervisor::still::{SANDBOX, has_sandbox};
 use crate::hypervisor::{QMP_TIMEOUT, Vm, VmKey};
 
 /// Machine of a guest whose file names none.
@@ -30,7 +31,6 @@ const FIRMWARE_READS: u64 = 64 << 10;
 /// How long the guest agent may take to answer one sync.
 const SYNC: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(300);
-const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
 /// A disk to start from, in the order in which the firmware tries them.
 #[derive(Clone, Debug)]
@@ -96,11 +96,14 @@ impl Boots {
 
     /// Starts from the disks and says how far that came. The disks aren't changed.
     pub async fn check(&self, disks: &[BootDisk], with: &BootWith, roots: &ImageRoots) -> Result<BootCheck, BootError> {
-        let command = self.arguments(disks, with, roots)?;
+        let mut arguments = self.arguments(disks, with, roots)?;
+        if has_sandbox().await {
+            arguments.extend(["-sandbox", SANDBOX].map(Into::into));
+        }
         // Closed never, so waiting is all that can come of it.
         let _turn = self.turns.acquire().await;
         let begun = Instant::now();
-        let mut trial = Trial::start(command)?;
+        let mut trial = Trial::start(arguments)?;
         let result = trial.watch(begun + self.timeout).await;
         trial.end().await;
         let seconds = i32::try_from(begun.elapsed().as_millis().div_ceil(1000)).unwrap_or(i32::MAX);
@@ -223,7 +226,7 @@ fn command(sockets: &Path, arguments: Vec<String>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--", "prlimit", &format!("--fsize={MOST_WRITTEN}"), "--core=0", "--"]);
     command.args(["nice", "-n", "10", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]);
-    command.args(["-display", "none", "-nic", "none", "-name", "freezeframe-boot", "-sandbox", SANDBOX]);
+    command.args(["-display", "none", "-nic", "none", "-name", "freezeframe-boot"]);
     command.args(["-accel", "kvm", "-accel", "tcg,tb-size=64", "-smp", "1"]);
     // Relative names: a socket's path has 108 bytes.
     command.args(["-qmp", "unix:qmp.sock,server=on,wait=off", "-device", "virtio-serial-pci"]);

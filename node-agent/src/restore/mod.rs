@@ -35,7 +35,7 @@ use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{BootCheck, RestoreContentPhase, RestoreStep, RestoreVerify, VMRestoreContentStatus};
 use tokio::sync::watch;
 
-use crate::boot::{BootDisk, BootWith, Boots};
+use crate::boot::{BootDisk, Boots};
 use crate::crash;
 use crate::session::journal::{Journal, JournalError};
 use crate::session::outcome::{Failure, chain};
@@ -169,7 +169,8 @@ impl Restores {
         let id = record.order.id();
         let image = |disk: &DiskRestore| BootDisk { path: disk.unfinished(&id), format: disk.format.clone() };
         let images: Vec<_> = record.disks.iter().map(image).collect();
-        let tried = self.boots.check(&images, &BootWith::default(), &self.sessions.roots).await;
+        let with = new_vm::boot_with(self, &record.order.vm).unwrap_or_default();
+        let tried = self.boots.check(&images, &with, &self.sessions.roots).await;
         tried.map_err(|error| Failure::new(reasons::VERIFY_FAILED, chain(&error)))
     }
 

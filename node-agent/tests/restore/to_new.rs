@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 
 use freezeframe_api::v1alpha1::{BootResult, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
+use freezeframe_node_agent::hypervisor::{VmKey, target_file};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
 use crate::cases::for_every;
@@ -35,10 +36,10 @@ async fn a_new_vm_has_the_snapshots_data_and_the_old_one_goes_on() {
                 assert!(mode == RestoreMode::Linked || !row.linked);
             }
             let directory = lab.world.sessions.vm_root.join("shop").join(name);
-            let text = std::fs::read_to_string(directory.join("target.yaml")).unwrap();
-            let json: serde_json::Value = serde_json::from_str(text.split_once('\n').unwrap().1).unwrap();
-            assert_eq!(json["disks"][1]["path"], status.disks[1].path.0);
-            assert_eq!(json["disks"][1]["format"], status.disks[1].format);
+            let key = VmKey { namespace: "shop".into(), name: name.into() };
+            let (file, _) = target_file::read(&lab.world.sessions.vm_root, &key).unwrap().unwrap();
+            let listed: Vec<_> = file.disks.iter().map(|disk| (&disk.path, &disk.format)).collect();
+            assert_eq!(listed, disks.iter().map(|disk| (&disk.file, &disk.format)).collect::<Vec<_>>());
             // It starts, beside the old VM.
             let mut contents = taken.clone();
             let machine = Machine::start(&directory, &disks).await;
