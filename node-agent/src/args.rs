@@ -24,6 +24,15 @@ pub struct Args {
     /// Socket of this node's guard.
     #[arg(long, default_value = "/run/freezeframe/guard.sock")]
     pub guard_socket: PathBuf,
+    /// Memory of a guest that is started to see whether it boots, in MiB.
+    #[arg(long, default_value_t = 512)]
+    pub boot_memory: u32,
+    /// How long such a guest may take until its guest agent answers, in seconds.
+    #[arg(long, default_value_t = 120)]
+    pub boot_timeout: u64,
+    /// How many such guests run at once.
+    #[arg(long, default_value_t = 1)]
+    pub boots_at_once: usize,
     /// Address of `/metrics`, `/healthz` and `/readyz`.
     #[arg(long, default_value = "127.0.0.1:9810")]
     pub metrics_addr: SocketAddr,

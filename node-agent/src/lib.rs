@@ -4,6 +4,7 @@
 //! [`session`] for each; a session works through [`drivers`] on one VM's [`hypervisor`].
 
 pub mod args;
+pub mod boot;
 pub mod controller;
 mod crash;
 pub mod drivers;

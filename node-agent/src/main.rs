@@ -1,11 +1,13 @@
 //! Entry point of the node agent.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::args::Args;
+use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::controller::{self, Context};
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
@@ -56,7 +58,11 @@ async fn main() -> anyhow::Result<()> {
     };
     tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
     let targets = tokio::spawn(targets.run(shutdown.token()));
-    let restores = Restores { sessions: sessions.clone(), journal: Journal::open(args.state_dir.join("restores"))? };
+    let restores = Restores {
+        sessions: sessions.clone(),
+        journal: Journal::open(args.state_dir.join("restores"))?,
+        boots: Boots::new(args.boot_memory, Duration::from_secs(args.boot_timeout), args.boots_at_once),
+    };
     let restores = restore_controller::Context {
         client: client.clone(),
         restores: Arc::new(restores),

@@ -26,7 +26,7 @@ use super::{OpenError, QMP_TIMEOUT, Vm, VmKey};
 /// Bound of starting QEMU and of its end; a tenth of a second on an idle machine.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Denies it, beyond what QEMU never needs, other programs and other rights.
-const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+pub(crate) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 /// Formats of images that may be opened; QEMU's other drivers are protocols and filters.
 const FORMATS: [&str; 9] = ["raw", "qcow2", "qed", "qcow", "vdi", "vmdk", "vpc", "vhdx", "parallels"];
 
@@ -251,7 +251,7 @@ fn command(sandbox: bool, sockets: &Path) -> Command {
 }
 
 /// Whether this node's QEMU was built with its sandbox; asked once.
-async fn has_sandbox() -> bool {
+pub(crate) async fn has_sandbox() -> bool {
     static HAS: OnceCell<bool> = OnceCell::const_new();
     let ask = || async {
         let mut ask = Command::new("qemu-system-x86_64");

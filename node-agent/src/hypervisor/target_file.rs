@@ -11,9 +11,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::VmKey;
+use crate::boot::BootWith;
 
 /// Its name in the VM's directory.
 pub const FILE: &str = "target.yaml";
@@ -23,7 +24,7 @@ const MOST_BYTES: u64 = 256 << 10;
 const MOST_DISKS: usize = 256;
 
 /// A disk that is known though no QEMU has it open.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct KnownDisk {
     /// The `-device` id that the VM's command line gives it.
@@ -38,7 +39,7 @@ pub struct KnownDisk {
 }
 
 /// The file's content.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetFile {
     /// The VM's disks, all of them.
@@ -47,6 +48,9 @@ pub struct TargetFile {
     /// Labels for the VMTarget.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// How a copy of the VM is started to see whether it boots; from its disks alone if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootWith>,
 }
 
 /// Which state of the file was read: another one has another stamp.

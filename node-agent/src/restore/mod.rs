@@ -31,9 +31,11 @@ mod tool;
 
 use std::sync::Arc;
 
-use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreStep, VMRestoreContentStatus};
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::{BootCheck, RestoreContentPhase, RestoreStep, RestoreVerify, VMRestoreContentStatus};
 use tokio::sync::watch;
 
+use crate::boot::{BootDisk, Boots};
 use crate::crash;
 use crate::session::journal::{Journal, JournalError};
 use crate::session::outcome::{Failure, chain};
@@ -49,6 +51,8 @@ pub struct Restores {
     pub sessions: Arc<Sessions>,
     /// The records.
     pub journal: Journal<RestoreRecord>,
+    /// What tries whether disks boot.
+    pub boots: Boots,
 }
 
 /// Where a restore's progress is told while it works.
@@ -151,7 +155,23 @@ impl Restores {
             self.journal.save(record)?;
             crash::point("restore-made");
         }
+        if record.order.verify == RestoreVerify::Boot && record.boot.is_none() {
+            told.send_replace(Some(outcome::restoring(record, None)));
+            record.boot = Some(self.try_to_boot(record).await?);
+            self.journal.save(record)?;
+        }
         Ok(())
+    }
+
+    /// Before any name changes hands, so that nobody else has the images open. What comes of it is told, and no more:
+    /// a guest without an agent, or with a data disk alone, is restored as well.
+    async fn try_to_boot(&self, record: &RestoreRecord) -> Result<BootCheck, Failure> {
+        let id = record.order.id();
+        let image = |disk: &DiskRestore| BootDisk { path: disk.unfinished(&id), format: disk.format.clone() };
+        let images: Vec<_> = record.disks.iter().map(image).collect();
+        let with = new_vm::boot_with(self, &record.order.vm).unwrap_or_default();
+        let tried = self.boots.check(&images, &with, &self.sessions.roots).await;
+        tried.map_err(|error| Failure::new(reasons::VERIFY_FAILED, chain(&error)))
     }
 
     /// The snapshot's record says where images may depend on its data, before the first does.

@@ -11,32 +11,48 @@ use std::path::{Path, PathBuf};
 use freezeframe_api::conditions::reasons;
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
-use serde_json::json;
 
 use super::Restores;
 use super::record::RestoreRecord;
 use super::source::failed;
+use crate::boot::BootWith;
 use crate::hypervisor::VmKey;
-use crate::session::outcome::Failure;
+use crate::hypervisor::target_file::{self, KnownDisk, TargetFile};
+use crate::session::outcome::{Failure, chain};
 
-const FILE: &str = "target.yaml";
+fn place(restores: &Restores, vm: &VmKey) -> PathBuf {
+    restores.sessions.vm_root.join(&vm.namespace).join(&vm.name)
+}
 
-/// Where a VM's directory is before it has its name: no VM's name begins with a dot.
-fn aside(restores: &Restores, record: &RestoreRecord, vm: &VmKey) -> PathBuf {
-    restores.sessions.vm_root.join(&vm.namespace).join(format!(".vmrestore-{}", record.order.id()))
+/// What a VM's directory is called before it has its name: no VM's name begins with a dot.
+fn aside(record: &RestoreRecord, vm: &VmKey) -> VmKey {
+    VmKey { namespace: vm.namespace.clone(), name: format!(".vmrestore-{}", record.order.id()) }
+}
+
+/// How a VM's copy is started to see whether it boots: as its own file says.
+pub fn boot_with(restores: &Restores, vm: &VmKey) -> Option<BootWith> {
+    match target_file::read(&restores.sessions.vm_root, vm) {
+        Ok(found) => found.and_then(|(file, _)| file.boot),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "how the VM starts isn't known");
+            None
+        }
+    }
 }
 
 /// Makes the VM. May be called again; fails if there is another one of its name.
 pub fn publish(restores: &Restores, record: &RestoreRecord, vm: &VmKey) -> Result<(), Failure> {
-    let place = restores.sessions.vm_root.join(&vm.namespace).join(&vm.name);
-    if is_ours(&place, record) {
+    if is_ours(restores, record, vm) {
         return Ok(());
     }
-    let aside = aside(restores, record, vm);
-    remove(&aside).map_err(|error| failed(&error))?;
-    fill(restores, record, &aside).map_err(|error| failed(&error))?;
-    match rustix::fs::renameat_with(CWD, &aside, CWD, &place, RenameFlags::NOREPLACE) {
-        Ok(()) => sync_parent(&place).map_err(|error| failed(&error)),
+    let aside = aside(record, vm);
+    let (from, to) = (place(restores, &aside), place(restores, vm));
+    remove(&from).map_err(|error| failed(&error))?;
+    std::fs::create_dir(&from).map_err(|error| failed(&error))?;
+    write(&from.join(target_file::FILE), &content(restores, record)).map_err(|error| failed(&error))?;
+    give_owner(restores, record, &from).map_err(|error| failed(&error))?;
+    match rustix::fs::renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE) {
+        Ok(()) => sync_parent(&to).map_err(|error| failed(&error)),
         Err(Errno::EXIST | Errno::NOTEMPTY) => {
             Err(Failure::new(reasons::VM_EXISTS, format!("VM {vm} came to be while it was restored")))
         }
@@ -46,13 +62,12 @@ pub fn publish(restores: &Restores, record: &RestoreRecord, vm: &VmKey) -> Resul
 
 /// Whether a VM is there that this restore made.
 pub fn is_published(restores: &Restores, record: &RestoreRecord) -> bool {
-    let place = |vm: &VmKey| restores.sessions.vm_root.join(&vm.namespace).join(&vm.name);
-    record.order.new_vm.as_ref().is_some_and(|vm| is_ours(&place(vm), record))
+    record.order.new_vm.as_ref().is_some_and(|vm| is_ours(restores, record, vm))
 }
 
 /// Removes a directory that didn't get its name.
 pub fn take_back(restores: &Restores, record: &RestoreRecord) -> Result<(), std::io::Error> {
-    record.order.new_vm.as_ref().map_or(Ok(()), |vm| remove(&aside(restores, record, vm)))
+    record.order.new_vm.as_ref().map_or(Ok(()), |vm| remove(&place(restores, &aside(record, vm))))
 }
 
 fn remove(aside: &Path) -> Result<(), std::io::Error> {
@@ -62,28 +77,39 @@ fn remove(aside: &Path) -> Result<(), std::io::Error> {
     }
 }
 
-/// The first line of the file, which tells whose it is.
-fn mark(record: &RestoreRecord) -> String {
-    let (namespace, name) = &record.order.restore;
-    format!("# Disks of a VM that VMRestore {namespace}/{name} ({}) made.\n", record.order.uid)
+/// Its file names the images that the restore made, which no other VM's does.
+fn is_ours(restores: &Restores, record: &RestoreRecord, vm: &VmKey) -> bool {
+    let found = target_file::read(&restores.sessions.vm_root, vm);
+    found.is_ok_and(|found| found.is_some_and(|(file, _)| file.disks == disks(record)))
 }
 
-fn is_ours(place: &Path, record: &RestoreRecord) -> bool {
-    std::fs::read_to_string(place.join(FILE)).is_ok_and(|text| text.starts_with(&mark(record)))
+fn disks(record: &RestoreRecord) -> Vec<KnownDisk> {
+    let known = |disk: &super::record::DiskRestore| KnownDisk {
+        name: disk.disk.clone(),
+        path: disk.path.clone(),
+        format: disk.format.clone(),
+        read_only: false,
+    };
+    record.disks.iter().map(known).collect()
 }
 
-fn fill(restores: &Restores, record: &RestoreRecord, aside: &Path) -> std::io::Result<()> {
-    std::fs::create_dir(aside)?;
-    let disks = record.disks.iter().map(|disk| json!({"name": disk.disk, "path": disk.path, "format": disk.format}));
-    // JSON is YAML.
-    let text = serde_json::to_string_pretty(&json!({"disks": disks.collect::<Vec<_>>()}))?;
-    let mut file = File::create_new(aside.join(FILE))?;
-    file.write_all(format!("{}{text}\n", mark(record)).as_bytes())?;
-    file.sync_all()?;
-    // QEMU makes its sockets there: whoever may do that for the old VM may for the new one.
-    let source = restores.sessions.vm_root.join(&record.order.vm.namespace).join(&record.order.vm.name);
+/// Without the old VM's labels: a schedule may go by them.
+fn content(restores: &Restores, record: &RestoreRecord) -> TargetFile {
+    let boot = boot_with(restores, &record.order.vm);
+    TargetFile { disks: disks(record), boot, ..TargetFile::default() }
+}
+
+/// JSON is YAML.
+fn write(path: &Path, content: &TargetFile) -> std::io::Result<()> {
+    let mut file = File::create_new(path)?;
+    file.write_all(&serde_json::to_vec_pretty(content)?)?;
+    file.sync_all()
+}
+
+/// QEMU makes its sockets there: whoever may do that for the old VM may for the new one.
+fn give_owner(restores: &Restores, record: &RestoreRecord, aside: &Path) -> std::io::Result<()> {
     let directory = File::open(aside)?;
-    if let Ok(like) = std::fs::metadata(source) {
+    if let Ok(like) = std::fs::metadata(place(restores, &record.order.vm)) {
         fchown(&directory, Some(like.uid()), Some(like.gid()))?;
         directory.set_permissions(std::fs::Permissions::from_mode(like.mode() & 0o7777))?;
     }

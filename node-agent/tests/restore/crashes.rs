@@ -12,6 +12,7 @@ use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
 
 use crate::cases::for_every;
 use crate::content::Content;
@@ -52,6 +53,7 @@ async fn the_agent_that_is_killed() {
         guard: Guard::new(run.join("guard.sock")),
         journal: Journal::open(run.join("contents")).unwrap(),
         drivers: Drivers::default(),
+        stopped: StoppedVms::with_files_only(),
     };
     let restores = restores(&sessions, &run.join("restores"));
     drop(restores.advance(&order, &Wish::default(), &tokio::sync::watch::Sender::new(None)).await.unwrap());

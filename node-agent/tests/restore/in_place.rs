@@ -16,8 +16,7 @@ async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept()
             lab.world.write().await;
             let (later, later_data) = lab.snapshot(case.driver, 2).await;
             lab.world.write().await;
-            let (before, before_data) = lab.snapshot(case.driver, 3).await;
-            lab.world.quit().await;
+            let (before, before_data) = lab.stop_and_keep(case.driver, 3).await;
 
             let order = RestoreOrder { mode, ..lab.order_in_place(&old, &before) };
             lab.restore(&order).await;
@@ -31,8 +30,7 @@ async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept()
                 lab.world.check_artifacts(snapshot, data);
             }
 
-            let (undone, undone_data) = lab.snapshot(case.driver, 4).await;
-            lab.world.quit().await;
+            let (undone, undone_data) = lab.stop_and_keep(case.driver, 4).await;
             let undo = RestoreOrder { mode, ..lab.order_in_place(&before, &undone) };
             lab.restore(&undo).await;
             lab.check_disks(&before_data);

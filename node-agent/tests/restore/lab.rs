@@ -7,16 +7,20 @@ use std::time::Duration;
 
 use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
+use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::hypervisor::target_file::{self, KnownDisk, TargetFile};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::{Progress, Sessions};
 use tokio::sync::watch;
 
 use crate::cases::Case;
 use crate::content::Content;
+use crate::machine::Disk;
 use crate::storage::Kind;
 use crate::world::World;
 
@@ -31,6 +35,9 @@ pub const CASES: &[Case] = &[
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "raw" },
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "qcow2" },
 ];
+
+/// Long enough for a BIOS to look at its disks.
+const BOOT: Duration = Duration::from_secs(15);
 
 pub struct Lab {
     pub world: World,
@@ -62,8 +69,10 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
         guard: sessions.guard.clone(),
         journal: sessions.journal.clone(),
         drivers: sessions.drivers.clone(),
+        stopped: StoppedVms::with_files_only(),
     };
-    Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap() }
+    let boots = Boots::new(64, BOOT, 1);
+    Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap(), boots }
 }
 
 impl Lab {
@@ -145,6 +154,22 @@ impl Lab {
         let order = self.world.order(driver, number);
         let taken = self.world.snapshot(&order).await;
         (order, taken)
+    }
+
+    /// Ends QEMU and keeps the stopped VM's state, as an operator does before a restore in place.
+    pub async fn stop_and_keep(&mut self, driver: &str, number: u32) -> (Order, Vec<Content>) {
+        self.world.quit().await;
+        let disk = |disk: &Disk| KnownDisk {
+            name: disk.name.clone(),
+            path: disk.file.clone(),
+            format: disk.format.clone(),
+            read_only: false,
+        };
+        let disks = self.world.disks.iter().map(disk).collect();
+        let file = TargetFile { disks, ..TargetFile::default() };
+        let path = self.world.sessions.vm_root.join("shop/db-1").join(target_file::FILE);
+        std::fs::write(path, serde_json::to_vec(&file).unwrap()).unwrap();
+        self.snapshot(driver, number).await
     }
 
     /// All files of images, and of VMs but for sockets.

@@ -1,8 +1,10 @@
 //! A snapshot's disks as a new VM's, while the old one runs.
 
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 
-use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
+use freezeframe_api::v1alpha1::{BootResult, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
+use freezeframe_node_agent::hypervisor::{VmKey, target_file};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
 use crate::cases::for_every;
@@ -34,10 +36,10 @@ async fn a_new_vm_has_the_snapshots_data_and_the_old_one_goes_on() {
                 assert!(mode == RestoreMode::Linked || !row.linked);
             }
             let directory = lab.world.sessions.vm_root.join("shop").join(name);
-            let text = std::fs::read_to_string(directory.join("target.yaml")).unwrap();
-            let json: serde_json::Value = serde_json::from_str(text.split_once('\n').unwrap().1).unwrap();
-            assert_eq!(json["disks"][1]["path"], status.disks[1].path.0);
-            assert_eq!(json["disks"][1]["format"], status.disks[1].format);
+            let key = VmKey { namespace: "shop".into(), name: name.into() };
+            let (file, _) = target_file::read(&lab.world.sessions.vm_root, &key).unwrap().unwrap();
+            let listed: Vec<_> = file.disks.iter().map(|disk| (&disk.path, &disk.format)).collect();
+            assert_eq!(listed, disks.iter().map(|disk| (&disk.file, &disk.format)).collect::<Vec<_>>());
             // It starts, beside the old VM.
             let mut contents = taken.clone();
             let machine = Machine::start(&directory, &disks).await;
@@ -76,4 +78,54 @@ async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
         assert_eq!(lab.files(), before);
     })
     .await;
+}
+
+/// Two disks with a pattern in their first sector: a BIOS looks, and finds nothing to start. A boot loader that loads
+/// more, and goes on for ever, is told from that.
+#[tokio::test(flavor = "multi_thread")]
+async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
+    let mut lab = Lab::of(CASES[4]).await;
+    for (number, loader, result) in
+        [(1, None, BootResult::NothingBooted), (2, Some(LOADER), BootResult::ReachedBootLoader)]
+    {
+        lab.world.write().await;
+        if let Some(loader) = loader {
+            lab.world.quit().await;
+            let mut disk = std::fs::File::options().write(true).open(&lab.world.disks[0].file).unwrap();
+            disk.write_all(&sector(loader)).unwrap();
+            lab.world.start().await;
+        }
+        let (snapshot, _) = lab.snapshot("reflink", number).await;
+        let name = format!("new-{number}");
+        let order =
+            RestoreOrder { verify: RestoreVerify::Boot, ..lab.order_to_new(&snapshot, &name, RestoreMode::Linked) };
+        let status = lab.advance(&order).await;
+        assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
+        let boot = status.boot.unwrap();
+        assert_eq!(boot.result, result);
+        assert!(boot.seconds > 0);
+        for (row, artifact) in status.disks.iter().zip(lab.world.artifacts(&snapshot)) {
+            assert!(std::fs::read(&row.path.0).unwrap() == std::fs::read(&artifact.handle).unwrap(), "{}", row.path);
+        }
+    }
+}
+
+/// Reads 127 sectors by the BIOS, twice, writes the first back, and waits for ever: what a boot loader does, in short.
+const LOADER: &[u8] = &[
+    0x31, 0xc0, 0x8e, 0xd8, // ds = 0
+    0xbe, 0x40, 0x7c, // si = packet
+    0xb9, 0x02, 0x00, // cx = 2
+    0xb4, 0x42, 0xcd, 0x13, // read
+    0xe2, 0xfa, // again
+    0xb4, 0x43, 0xb0, 0x00, 0xcd, 0x13, // write
+    0xf4, 0xeb, 0xfd, // halt, for ever
+];
+
+fn sector(loader: &[u8]) -> Vec<u8> {
+    let mut sector = vec![0; 512];
+    sector[..loader.len()].copy_from_slice(loader);
+    // 127 sectors from sector 1 to 0x10000.
+    sector[0x40..0x50].copy_from_slice(&[0x10, 0, 127, 0, 0, 0, 0x00, 0x10, 1, 0, 0, 0, 0, 0, 0, 0]);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    sector
 }
