@@ -3,6 +3,7 @@
 
 mod consistency;
 mod disks;
+mod limits;
 mod quiesce;
 mod verify;
 mod vmsnapshot;
@@ -12,6 +13,7 @@ mod vmtarget;
 
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
+pub use limits::Limits;
 pub use quiesce::{Pause, Quiesce};
 pub use verify::Verify;
 pub use vmsnapshot::{DeletionPolicy, Phase, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus};

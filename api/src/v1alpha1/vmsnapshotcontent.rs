@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Quiesce, Verify,
+    ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Limits, Quiesce, Verify,
 };
 use crate::names::NodeName;
 
@@ -94,6 +94,10 @@ pub struct VMSnapshotContentSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("verify is immutable"))]
     pub verify: Verify,
+    /// As in the class.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("limits is immutable"))]
+    pub limits: Limits,
     /// No cut after this instant: the agent never starts a session whose deadline has passed.
     #[x_kube(validation = Rule::new("self == oldSelf").message("deadline is immutable"))]
     pub deadline: Time,

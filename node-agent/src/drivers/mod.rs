@@ -11,7 +11,8 @@ mod error;
 pub mod jobs;
 pub mod lvm;
 pub mod overlay;
-mod quantity;
+mod pace;
+pub(crate) mod quantity;
 pub mod reflink;
 mod tool;
 pub(crate) mod verify;
@@ -32,6 +33,7 @@ use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::image::ImageRoots;
 pub(crate) use error::qemu;
 pub use error::{DriverError, Result};
+pub use pace::Pace;
 pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.
@@ -234,6 +236,8 @@ pub struct Env<'a> {
     pub roots: &'a ImageRoots,
     /// Other snapshots' disks of the same VM that still have files.
     pub siblings: &'a [Sibling],
+    /// How fast merges go, and what they make way for.
+    pub pace: &'a Pace,
 }
 
 /// A file of another snapshot of the same VM.

@@ -21,6 +21,7 @@ mod complete;
 mod flush;
 mod host_cuts;
 pub mod journal;
+mod limits;
 mod measured;
 pub mod order;
 pub mod outcome;
@@ -40,6 +41,7 @@ use crate::crash;
 use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
+use crate::locks::Waiting;
 use journal::{Journal, JournalError, SessionRecord, Stage};
 use order::Order;
 use outcome::Failure;
@@ -214,7 +216,7 @@ impl Sessions {
     /// Removes what a failed session made; what can't be removed yet is tried again at the next call.
     async fn take_back(&self, record: &mut SessionRecord) -> Result<Turn, JournalError> {
         let status = record.status.clone().into_boxed();
-        match self.remove_artifacts(record).await {
+        match self.remove_artifacts(record, &Waiting::default()).await {
             Ok(_) => {
                 record.stage = Stage::Removed;
                 self.journal.save(record)?;

@@ -8,3 +8,4 @@ mod lab;
 mod machine;
 mod orders;
 mod shapes;
+mod ways;
