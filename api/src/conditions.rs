@@ -18,6 +18,9 @@ pub mod types {
     /// From the deletion on. On a content: all that the node made for it is gone, or was left alone on purpose. On a
     /// snapshot: False, and why it isn't gone yet.
     pub const REMOVED: &str = "Removed";
+    /// Space runs out: that of a snapshot which can overflow, or of the file systems that a target's disks grow on.
+    /// Absent until it once did.
+    pub const SPACE_LOW: &str = "SpaceLow";
     /// On a target: the guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
 }
@@ -58,6 +61,12 @@ pub mod reasons {
     pub const NO_DISKS: &str = "NoDisks";
     /// Not enough free space, or a target couldn't be made.
     pub const NO_SPACE: &str = "NoSpace";
+    /// More is in use than the class finds good.
+    pub const SPACE_LOW: &str = "SpaceLow";
+    /// There is enough space again.
+    pub const ENOUGH_SPACE: &str = "EnoughSpace";
+    /// More changed than the space that was set apart for a snapshot could take: it lost its contents.
+    pub const SNAPSHOT_OVERFLOWED: &str = "SnapshotOverflowed";
     /// A target couldn't be prepared.
     pub const PREPARE_FAILED: &str = "PrepareFailed";
     /// The guest agent isn't there or doesn't answer.

@@ -7,6 +7,7 @@ pub mod args;
 pub mod controller;
 mod crash;
 pub mod drivers;
+pub mod fill;
 pub mod hypervisor;
 pub mod locks;
 pub mod metrics;

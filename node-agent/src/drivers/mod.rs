@@ -199,6 +199,17 @@ impl std::fmt::Debug for HostCut {
     }
 }
 
+/// How full the space of a snapshot is that can overflow.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fill {
+    /// Percent in use.
+    pub percent: f64,
+    /// Whether it was used up, so that the snapshot is worth nothing.
+    pub overflowed: bool,
+    /// Whether that is more than the class finds good.
+    pub low: bool,
+}
+
 /// What is left to do to remove a disk's artifacts.
 #[derive(Debug)]
 pub enum Removal {
@@ -310,6 +321,11 @@ pub trait SnapshotDriver: Send + Sync {
 
     /// How far the data is that is copied in the background, in percent; none where nothing is.
     async fn progress(&self, _vm: &Vm, _task: &DiskTask) -> Result<Option<u8>> {
+        Ok(None)
+    }
+
+    /// How full the space of a complete snapshot is, where it can overflow.
+    async fn fill(&self, _task: &DiskTask) -> Result<Option<Fill>> {
         Ok(None)
     }
 

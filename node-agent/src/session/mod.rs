@@ -18,6 +18,7 @@
 
 mod accept;
 mod complete;
+mod filled;
 mod flush;
 mod host_cuts;
 pub mod journal;

@@ -55,7 +55,7 @@ async fn makes_way(shape: Shape, at: usize) {
     let victim = lab.snapshots.remove(&taken[at]).unwrap().order;
     let (number, order) = lab.order();
     let views = lab.views();
-    let waited = snapshot_in_the_middle(&lab, &victim, &order).await;
+    let waited = Box::pin(snapshot_in_the_middle(&lab, &victim, &order)).await;
     assert!(waited < Duration::from_millis(500), "the snapshot waited for {waited:?}");
     let status = lab.advance(&order).await;
     assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
@@ -74,15 +74,15 @@ async fn makes_way(shape: Shape, at: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_merge_of_the_disks_own_layer_makes_way_for_a_snapshot() {
-    makes_way(Shape::Blockdev, 2).await;
+    Box::pin(makes_way(Shape::Blockdev, 2)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_merge_in_the_middle_of_a_chain_makes_way_for_a_snapshot() {
-    makes_way(Shape::Iothreads, 1).await;
+    Box::pin(makes_way(Shape::Iothreads, 1)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_merge_upwards_makes_way_for_a_snapshot() {
-    makes_way(Shape::Legacy, 2).await;
+    Box::pin(makes_way(Shape::Legacy, 2)).await;
 }
