@@ -20,6 +20,9 @@ pub mod types {
     pub const REMOVED: &str = "Removed";
     /// On a schedule: the last snapshot of each VM that ended is good.
     pub const PROTECTED: &str = "Protected";
+    /// Space runs out: that of a snapshot which can overflow, or of the file systems that a target's disks grow on.
+    /// Absent until it once did.
+    pub const SPACE_LOW: &str = "SpaceLow";
     /// On a target: the guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
 }
@@ -60,6 +63,12 @@ pub mod reasons {
     pub const NO_DISKS: &str = "NoDisks";
     /// Not enough free space, or a target couldn't be made.
     pub const NO_SPACE: &str = "NoSpace";
+    /// More is in use than the class finds good.
+    pub const SPACE_LOW: &str = "SpaceLow";
+    /// There is enough space again.
+    pub const ENOUGH_SPACE: &str = "EnoughSpace";
+    /// More changed than the space that was set apart for a snapshot could take: it lost its contents.
+    pub const SNAPSHOT_OVERFLOWED: &str = "SnapshotOverflowed";
     /// A target couldn't be prepared.
     pub const PREPARE_FAILED: &str = "PrepareFailed";
     /// The guest agent isn't there or doesn't answer.

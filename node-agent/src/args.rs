@@ -21,6 +21,9 @@ pub struct Args {
     /// Where this agent keeps its journal.
     #[arg(long, default_value = "/var/lib/freezeframe/agent")]
     pub state_dir: PathBuf,
+    /// How often it is looked how full snapshots are that can overflow, in seconds.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub fill_interval: u64,
     /// Socket of this node's guard.
     #[arg(long, default_value = "/run/freezeframe/guard.sock")]
     pub guard_socket: PathBuf,

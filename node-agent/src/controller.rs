@@ -115,7 +115,7 @@ async fn serve(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> R
         report(&shared.context.client, content, &settled.status.unwrap_or_default()).await?;
         return Ok(Action::await_change());
     }
-    let _turn = shared.context.locks.turn(&order.vm).await;
+    let _turn = shared.context.locks.turn_of_snapshot(&order.vm).await;
     let asked = Asked { shared, content };
     loop {
         match shared.context.sessions.advance(order, &asked).await? {
@@ -144,8 +144,9 @@ async fn delete(content: &VMSnapshotContent, order: &Order, shared: &Shared) -> 
     if content.finalizers().is_empty() {
         return Ok(Action::await_change());
     }
-    let _turn = shared.context.locks.turn(&order.vm).await;
-    let deletion = shared.context.sessions.delete(order).await?;
+    let _turn = shared.context.locks.turn_after_snapshots(&order.vm).await;
+    let waiting = shared.context.locks.waiting(&order.vm);
+    let deletion = shared.context.sessions.delete_unless_waiting(order, &waiting).await?;
     for name in &deletion.moved {
         // The other end is the controller itself; if it is gone, so is the need.
         let _ = shared.moved.clone().send(ObjectRef::new(name)).await;

@@ -8,6 +8,7 @@ pub mod boot;
 pub mod controller;
 mod crash;
 pub mod drivers;
+pub mod fill;
 pub mod hypervisor;
 pub mod locks;
 pub mod metrics;

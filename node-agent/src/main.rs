@@ -10,6 +10,7 @@ use freezeframe_node_agent::args::Args;
 use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::controller::{self, Context};
 use freezeframe_node_agent::drivers::Drivers;
+use freezeframe_node_agent::fill::FillWatch;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::locks::VmLocks;
 use freezeframe_node_agent::metrics::Metrics;
@@ -56,6 +57,13 @@ async fn main() -> anyhow::Result<()> {
         locks: locks.clone(),
         metrics: metrics.clone(),
     };
+    let fills = FillWatch {
+        client: client.clone(),
+        sessions: sessions.clone(),
+        locks: locks.clone(),
+        metrics: metrics.clone(),
+        every: Duration::from_secs(args.fill_interval),
+    };
     tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
     let targets = tokio::spawn(targets.run(shutdown.token()));
     let restores = Restores {
@@ -71,9 +79,11 @@ async fn main() -> anyhow::Result<()> {
     };
     let (node, stop) = (args.node_name.clone(), shutdown.token());
     let restores = tokio::spawn(async move { restore_controller::run(restores, &node, stop).await });
+    let fills = tokio::spawn(fills.run(shutdown.token()));
     controller::run(Context { client, sessions, locks, metrics }, &args.node_name, shutdown.token()).await;
     restores.await.context("restoring ended badly")?;
     targets.await.context("publishing targets ended badly")?;
+    fills.await.context("watching snapshots ended badly")?;
     admin.await.context("the admin server ended badly")??;
     tracing::info!("agent ends");
     Ok(())

@@ -1,5 +1,6 @@
 //! What the agent counts and measures.
 
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use freezeframe_api::conditions;
@@ -21,6 +22,13 @@ pub struct ResultLabels {
     pub reason: String,
 }
 
+/// Labels of a snapshot that can overflow: as many as there are thick volumes' snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FillLabels {
+    content: String,
+    disk: String,
+}
+
 /// The agent's metrics; a clone counts into the same.
 #[derive(Clone)]
 pub struct Metrics {
@@ -32,6 +40,7 @@ pub struct Metrics {
     restores: Family<ResultLabels, Counter>,
     targets: Gauge,
     orphans: Gauge,
+    fills: Family<FillLabels, Gauge<f64, AtomicU64>>,
 }
 
 impl Metrics {
@@ -47,6 +56,7 @@ impl Metrics {
             restores: Family::default(),
             targets: Gauge::default(),
             orphans: Gauge::default(),
+            fills: Family::default(),
         };
         let registry = registry.sub_registry_with_prefix("freezeframe_agent");
         registry.register("sessions", "Snapshots that ended on this node", metrics.sessions.clone());
@@ -64,7 +74,19 @@ impl Metrics {
             "Snapshots on this node without an object in the cluster",
             metrics.orphans.clone(),
         );
+        let help = "How full the space of a snapshot is that can overflow, in percent";
+        registry.register("snapshot_fill_percent", help, metrics.fills.clone());
         metrics
+    }
+
+    /// Forgets how full snapshots are: those that are gone must not be told of.
+    pub fn forget_fills(&self) {
+        self.fills.clear();
+    }
+
+    /// Sets how full one disk's snapshot is.
+    pub fn set_fill(&self, content: &str, disk: &str, percent: f64) {
+        self.fills.get_or_create(&FillLabels { content: content.into(), disk: disk.into() }).set(percent);
     }
 
     /// Counts a session that ended.

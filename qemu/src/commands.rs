@@ -1,6 +1,6 @@
 //! Typed wrappers for the monitor's commands; each takes its time limit last.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -81,6 +81,41 @@ pub struct Fd {
     /// What was said of it when it was added.
     #[serde(default)]
     pub opaque: Option<String>,
+}
+
+/// By device, of its reads, writes and flushes: how many there were, and nanoseconds that they took together.
+pub type BlockStats = HashMap<String, [(u64, u64); 3]>;
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct DeviceStats {
+    device: String,
+    qdev: String,
+    stats: Counters,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Counters {
+    rd_operations: u64,
+    rd_total_time_ns: u64,
+    wr_operations: u64,
+    wr_total_time_ns: u64,
+    flush_operations: u64,
+    flush_total_time_ns: u64,
+}
+
+impl DeviceStats {
+    fn counted(self) -> Option<(String, [(u64, u64); 3])> {
+        let name = if self.qdev.is_empty() { self.device } else { self.qdev };
+        let Counters { rd_operations, wr_operations, flush_operations, .. } = self.stats;
+        let counters = [
+            (rd_operations, self.stats.rd_total_time_ns),
+            (wr_operations, self.stats.wr_total_time_ns),
+            (flush_operations, self.stats.flush_total_time_ns),
+        ];
+        (!name.is_empty()).then_some((name, counters))
+    }
 }
 
 #[derive(Deserialize)]
@@ -197,6 +232,12 @@ impl Qmp {
     /// Lets a job that is `pending` make its graph changes.
     pub async fn job_finalize(&self, id: &str, timeout: Duration) -> Result<()> {
         self.run("job-finalize", json!({ "id": id }), timeout).await
+    }
+
+    /// What was done on each device since QEMU started.
+    pub async fn query_blockstats(&self, timeout: Duration) -> Result<BlockStats> {
+        let devices: Vec<DeviceStats> = self.execute("query-blockstats", (), timeout).await?;
+        Ok(devices.into_iter().filter_map(DeviceStats::counted).collect())
     }
 
     /// All jobs, also those of others.

@@ -16,7 +16,7 @@ mod qmp;
 mod socket;
 
 pub use block::{BlockGraph, Cache, Disk, Node};
-pub use commands::{Chardev, Fd, FdSet, IoThread, Job, RunState};
+pub use commands::{BlockStats, Chardev, Fd, FdSet, IoThread, Job, RunState};
 pub use error::{Error, Result};
 pub use guest_agent::{AgentInfo, Filesystem, FreezeStatus, GuestAgent};
 pub use qmp::{Event, Qmp};

@@ -31,7 +31,7 @@ pub enum DiskSnapshotState {
     Copying,
     /// Complete and verified.
     Ready,
-    /// Failed; nothing of it is left.
+    /// Failed; nothing of it is left, or, where it had been complete before, nothing that is worth anything.
     Failed,
     /// Deleted.
     Removed,

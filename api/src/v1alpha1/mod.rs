@@ -3,6 +3,7 @@
 
 mod consistency;
 mod disks;
+mod limits;
 mod quiesce;
 mod restored;
 mod retention;
@@ -18,6 +19,7 @@ mod vmtarget;
 
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
+pub use limits::Limits;
 pub use quiesce::{Pause, Quiesce};
 pub use restored::{BootCheck, BootResult, RestoreMode, RestoreVerify, RestoredDisk, RestoredDiskState};
 pub use retention::{Keep, KeptSnapshot, RetentionPlan};

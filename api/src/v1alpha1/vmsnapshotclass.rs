@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DeletionPolicy, Verify};
+use super::{DeletionPolicy, Limits, Verify};
 use crate::names::DriverName;
 
 /// One driver that a class allows.
@@ -51,4 +51,7 @@ pub struct VMSnapshotClassSpec {
     /// How thoroughly the data is checked before a snapshot is ready. Set by the administrator; `Quick` when absent.
     #[serde(default)]
     pub verify: Verify,
+    /// What snapshots may cost after the cut. Set by the administrator; each limit has its own default.
+    #[serde(default)]
+    pub limits: Limits,
 }

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Quiesce, Verify,
+    ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Limits, Quiesce, Verify,
 };
 use crate::names::NodeName;
 
@@ -32,7 +32,8 @@ pub enum ContentPhase {
     Completing,
     /// Every disk's data is complete and verified.
     Ready,
-    /// Failed for good; what was made was taken back.
+    /// Failed for good; what was made was taken back, unless it had been complete before: then what is left of it stays
+    /// until the snapshot is deleted.
     Failed,
     /// After deletion: what was made is gone, or was kept on purpose.
     Removed,
@@ -94,6 +95,10 @@ pub struct VMSnapshotContentSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("verify is immutable"))]
     pub verify: Verify,
+    /// As in the class.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("limits is immutable"))]
+    pub limits: Limits,
     /// No cut after this instant: the agent never starts a session whose deadline has passed.
     #[x_kube(validation = Rule::new("self == oldSelf").message("deadline is immutable"))]
     pub deadline: Time,
@@ -124,7 +129,7 @@ pub struct VMSnapshotContentStatus {
     /// The disks, one entry each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSnapshot>,
-    /// `Accepted`, `Quiesced`, `Ready`, and from the deletion on `Removed`: True when the node is done with it, by
+    /// `Accepted`, `Quiesced`, `Ready`, `SpaceLow` once a snapshot that can overflow was nearly full, and from the deletion on `Removed`: True when the node is done with it, by
     /// reason `Deleted` or `Retained` (the data was left alone), False by reason `DeleteFailed` while it can't be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

@@ -73,6 +73,9 @@ pub enum DriverError {
     /// It can't be done now, but may be later.
     #[error("{0}")]
     NotNow(String),
+    /// A merge was cancelled for it.
+    #[error("a snapshot of the VM goes first")]
+    MadeWay,
     /// The journal holds something that this driver didn't write.
     #[error("the record of disk {disk} can't be read")]
     State {

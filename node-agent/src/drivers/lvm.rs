@@ -21,7 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
 
-use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Removal, Result, SnapshotDriver, Verdict};
+use super::{
+    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Removal, Result, SnapshotDriver, Verdict,
+};
 use crate::hypervisor::Vm;
 use crate::hypervisor::device::{self, BlockDevice, LogicalVolume};
 use crate::hypervisor::image::{ImageError, ImageRoots};
@@ -127,6 +129,10 @@ impl SnapshotDriver for Lvm {
         Ok(())
     }
 
+    async fn fill(&self, task: &DiskTask) -> Result<Option<Fill>> {
+        fill(task).await
+    }
+
     async fn remove(&self, _: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         if task.state.is_null() {
             return Ok(Removal::Done);
@@ -151,15 +157,6 @@ impl SnapshotDriver for Lvm {
     }
 }
 
-/// How full the space of a snapshot is that can overflow.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Fill {
-    /// Percent in use.
-    pub percent: f64,
-    /// Whether it was used up, so that the snapshot is worth nothing.
-    pub overflowed: bool,
-}
-
 /// Looks at a disk's snapshot; none if it can't overflow, since its space comes from a pool.
 pub async fn fill(task: &DiskTask) -> Result<Option<Fill>> {
     let state: State = task.state()?;
@@ -167,7 +164,9 @@ pub async fn fill(task: &DiskTask) -> Result<Option<Fill>> {
         return Ok(None);
     }
     let row = ours(&state, task).await?;
-    Ok(Some(Fill { percent: row.data_used(), overflowed: row.is_overflowed() }))
+    let (percent, overflowed) = (row.data_used(), row.is_overflowed());
+    let warn = f64::from(Parameters::parse(&task.parameters)?.warn_percent);
+    Ok(Some(Fill { percent, overflowed, low: percent >= warn }))
 }
 
 fn find<'a>(rows: &'a [Row], volume: &Volume) -> Option<&'a Row> {

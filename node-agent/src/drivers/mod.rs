@@ -11,7 +11,8 @@ mod error;
 pub mod jobs;
 pub mod lvm;
 pub mod overlay;
-mod quantity;
+mod pace;
+pub(crate) mod quantity;
 pub mod reflink;
 mod tool;
 pub(crate) mod verify;
@@ -32,6 +33,7 @@ use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::image::ImageRoots;
 pub(crate) use error::qemu;
 pub use error::{DriverError, Result};
+pub use pace::Pace;
 pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.
@@ -197,6 +199,17 @@ impl std::fmt::Debug for HostCut {
     }
 }
 
+/// How full the space of a snapshot is that can overflow.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fill {
+    /// Percent in use.
+    pub percent: f64,
+    /// Whether it was used up, so that the snapshot is worth nothing.
+    pub overflowed: bool,
+    /// Whether that is more than the class finds good.
+    pub low: bool,
+}
+
 /// What is left to do to remove a disk's artifacts.
 #[derive(Debug)]
 pub enum Removal {
@@ -234,6 +247,8 @@ pub struct Env<'a> {
     pub roots: &'a ImageRoots,
     /// Other snapshots' disks of the same VM that still have files.
     pub siblings: &'a [Sibling],
+    /// How fast merges go, and what they make way for.
+    pub pace: &'a Pace,
 }
 
 /// A file of another snapshot of the same VM.
@@ -311,6 +326,11 @@ pub trait SnapshotDriver: Send + Sync {
 
     /// How far the data is that is copied in the background, in percent; none where nothing is.
     async fn progress(&self, _vm: &Vm, _task: &DiskTask) -> Result<Option<u8>> {
+        Ok(None)
+    }
+
+    /// How full the space of a complete snapshot is, where it can overflow.
+    async fn fill(&self, _task: &DiskTask) -> Result<Option<Fill>> {
         Ok(None)
     }
 

@@ -14,6 +14,7 @@
 //! The snapshot's image is `…vmsnap-ID`. Deleting it merges the layer above it *into* it, since nothing but the
 //! deleted snapshot needed it as it stands ([`merge`]).
 
+mod at_rest;
 mod merge;
 mod offline_merge;
 mod place;

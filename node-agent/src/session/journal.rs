@@ -44,6 +44,9 @@ pub struct SessionRecord {
     pub measured: Option<Measured>,
     /// What was, or is to be, reported.
     pub status: Option<VMSnapshotContentStatus>,
+    /// Whether removing it was begun: an image may have been written to since.
+    #[serde(default)]
+    pub removing: bool,
     /// When the record was begun.
     pub begun: Timestamp,
     /// Directories in which restores made images on top of the snapshot's data.
@@ -73,6 +76,7 @@ impl SessionRecord {
             tasks: vec![],
             measured: None,
             status: None,
+            removing: false,
             begun: Timestamp::now(),
             linked_in: vec![],
         }

@@ -18,9 +18,11 @@
 
 mod accept;
 mod complete;
+mod filled;
 mod flush;
 mod host_cuts;
 pub mod journal;
+mod limits;
 pub mod machine;
 mod measured;
 pub mod order;
@@ -42,6 +44,7 @@ use crate::crash;
 use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
+use crate::locks::Waiting;
 pub(crate) use complete::cancelled;
 use journal::{Journal, JournalError, SessionRecord, Stage};
 use machine::{Machine, StoppedVms};
@@ -238,7 +241,7 @@ impl Sessions {
     /// Removes what a failed session made; what can't be removed yet is tried again at the next call.
     async fn take_back(&self, record: &mut SessionRecord) -> Result<Turn, JournalError> {
         let status = record.status.clone().into_boxed();
-        match self.remove_artifacts(record).await {
+        match self.remove_artifacts(record, &Waiting::default()).await {
             Ok(_) => {
                 record.stage = Stage::Removed;
                 self.journal.save(record)?;

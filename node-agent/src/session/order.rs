@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContent, Verify,
+    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContent, Verify,
 };
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -43,6 +43,9 @@ pub struct Order {
     /// How thoroughly the data is checked.
     #[serde(default)]
     pub verify: Verify,
+    /// What the snapshot may cost after the cut.
+    #[serde(default)]
+    pub limits: Limits,
     /// No cut after this.
     pub deadline: Timestamp,
     /// What becomes of the data in the end.
@@ -72,6 +75,7 @@ impl Order {
             include: names(&spec.disks.include),
             exclude: names(&spec.disks.exclude),
             verify: spec.verify,
+            limits: spec.limits.clone(),
             deadline: spec.deadline.0,
             deletion_policy: spec.deletion_policy,
             generation: content.metadata.generation,

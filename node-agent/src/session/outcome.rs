@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use std::time::Duration;
 
+pub use super::filled::filled;
 use super::journal::{JournalError, SessionRecord};
 use super::proved;
 use super::window::{Measured, WindowError};

@@ -6,12 +6,14 @@ use freezeframe_api::v1alpha1::{DeletionPolicy, VMSnapshotContentStatus};
 
 use super::Sessions;
 use super::journal::{JournalError, SessionRecord, Stage};
+use super::limits;
 use super::order::Order;
 use super::outcome::{self, chain};
 use super::window::{self, WindowError};
-use crate::drivers::{DriverError, Drivers, Env, Removal, Sibling};
+use crate::drivers::{DriverError, Drivers, Env, Pace, Removal, Sibling};
 use crate::hypervisor::image::ImageError;
 use crate::hypervisor::{OpenError, Vm};
+use crate::locks::Waiting;
 
 /// A driver that needs more steps than this for one disk goes round in circles.
 const MOST_STEPS: usize = 32;
@@ -74,8 +76,13 @@ pub struct Deletion {
 }
 
 impl Sessions {
-    /// Deletes a snapshot as its policy says. May be called again and again.
+    /// Deletes a snapshot as its policy says, and makes way for no other. May be called again and again.
     pub async fn delete(&self, order: &Order) -> Result<Deletion, JournalError> {
+        self.delete_unless_waiting(order, &Waiting::default()).await
+    }
+
+    /// The same, but a merge is cancelled as soon as a snapshot of the VM waits.
+    pub async fn delete_unless_waiting(&self, order: &Order, waiting: &Waiting) -> Result<Deletion, JournalError> {
         let over = |status| Deletion { status, over: true, moved: vec![] };
         let Some(mut record) = self.journal.load(&order.uid)? else {
             let record = SessionRecord::nothing(order);
@@ -86,16 +93,24 @@ impl Sessions {
             let kept = if record.stage == Stage::Retained { handles(&record) } else { vec![] };
             return Ok(over(outcome::removed(&record, &kept)));
         }
-        if order.deletion_policy == DeletionPolicy::Retain && record.stage == Stage::Complete {
+        let whole = record.stage == Stage::Complete && !record.removing;
+        if order.deletion_policy == DeletionPolicy::Retain && whole {
             record.stage = Stage::Retained;
             self.journal.save(&record)?;
             return Ok(over(outcome::removed(&record, &handles(&record))));
         }
-        match self.remove_artifacts(&mut record).await {
+        if !record.removing {
+            record.removing = true;
+            self.journal.save(&record)?;
+        }
+        match self.remove_artifacts(&mut record, waiting).await {
             Ok(removed) => {
                 record.stage = if removed.kept.is_empty() { Stage::Removed } else { Stage::Retained };
                 self.journal.save(&record)?;
                 Ok(Deletion { status: outcome::removed(&record, &removed.kept), over: true, moved: removed.moved })
+            }
+            Err(RemovalError::Driver { source, .. }) if matches!(*source, DriverError::MadeWay) => {
+                Ok(Deletion { status: record.status.unwrap_or_default(), over: false, moved: vec![] })
             }
             Err(error) => {
                 let why = chain(&error);
@@ -106,8 +121,13 @@ impl Sessions {
     }
 
     /// Removes every disk's artifacts, step by step; each step's state is on disk before the next.
-    pub(super) async fn remove_artifacts(&self, record: &mut SessionRecord) -> Result<Removed, RemovalError> {
-        let mut removed = Removed::default();
+    pub(super) async fn remove_artifacts(
+        &self,
+        record: &mut SessionRecord,
+        waiting: &Waiting,
+    ) -> Result<Removed, RemovalError> {
+        let pace = limits::pace(&record.order.limits, waiting);
+        let mut removed = Removed { pace, kept: vec![], moved: vec![] };
         if let Some(machine) = self.stopped.take(&record.order) {
             machine.let_go().await;
         }
@@ -160,7 +180,7 @@ impl Sessions {
         for _ in 0..MOST_STEPS {
             let mut vm = self.open_if_running(&record.order).await?;
             let siblings = self.siblings(&record.order)?;
-            let env = Env { vm: vm.as_ref(), roots: &self.roots, siblings: &siblings };
+            let env = Env { vm: vm.as_ref(), roots: &self.roots, siblings: &siblings, pace: &removed.pace };
             let step = driver.remove(&env, &mut record.tasks[at]).await;
             self.journal.save(record)?;
             crate::crash::point("removal-step");
@@ -227,9 +247,9 @@ impl Sessions {
     }
 }
 
-/// What removing came to.
-#[derive(Default)]
+/// What removing came to, and how fast it may go.
 pub(super) struct Removed {
+    pace: Pace,
     /// What was kept, and why.
     pub(super) kept: Vec<String>,
     /// Contents of other snapshots whose artifacts moved.

@@ -35,7 +35,7 @@ const GUEST: [u8; 64] = [
 ];
 
 /// The guest's boot sector, on the first disk.
-fn install_guest(world_disks: &[crate::machine::Disk]) {
+pub fn install_guest(world_disks: &[crate::machine::Disk]) {
     let mut sector = [0; 512];
     sector[..GUEST.len()].copy_from_slice(&GUEST);
     sector[510..].copy_from_slice(&[0x55, 0xAA]);
@@ -135,7 +135,7 @@ fn hang() {
     }
 }
 
-async fn until(what: &str, condition: impl AsyncFn() -> bool) {
+pub async fn until(what: &str, condition: impl AsyncFn() -> bool) {
     let end = Instant::now() + SOON;
     while !condition().await {
         assert!(Instant::now() < end, "{what} doesn't happen");

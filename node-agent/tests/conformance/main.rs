@@ -29,6 +29,7 @@ mod copies;
 mod instant;
 mod loopcopy;
 mod machine;
+mod merges;
 mod shapes;
 mod snapshots;
 mod steps;

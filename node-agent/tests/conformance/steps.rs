@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use freezeframe_node_agent::drivers::{DiskTask, Env, Removal, SnapshotDriver};
+use freezeframe_node_agent::drivers::{DiskTask, Env, Pace, Removal, SnapshotDriver};
 use freezeframe_node_agent::hypervisor::Vm;
 use freezeframe_node_agent::hypervisor::disks::disks;
 use freezeframe_node_agent::session::window;
@@ -97,7 +97,7 @@ impl Steps {
 async fn remove(driver: &dyn SnapshotDriver, task: &mut DiskTask, world: &World) {
     for _ in 0..MOST_STEPS {
         let mut vm: Vm = world.vm().await;
-        let env = Env { vm: Some(&vm), roots: &world.sessions.roots, siblings: &[] };
+        let env = Env { vm: Some(&vm), roots: &world.sessions.roots, siblings: &[], pace: &Pace::default() };
         match driver.remove(&env, task).await.unwrap() {
             Removal::Done => return,
             Removal::Again => {}

@@ -87,7 +87,7 @@ async fn an_image_with_damaged_metadata_fails_a_full_check_and_is_taken_back() {
     let storage = Storage::new(Kind::Plain);
     let vd0 = disk_with_data(&storage, false);
     miscount(&vd0.file);
-    a_full_check_fails(vd0, storage, "is damaged").await;
+    Box::pin(a_full_check_fails(vd0, storage, "is damaged")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -95,7 +95,7 @@ async fn an_image_whose_data_cannot_be_read_fails_a_full_check_and_is_taken_back
     let storage = Storage::new(Kind::Plain);
     let vd0 = disk_with_data(&storage, true);
     garble(&vd0.file);
-    a_full_check_fails(vd0, storage, "can't be read").await;
+    Box::pin(a_full_check_fails(vd0, storage, "can't be read")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

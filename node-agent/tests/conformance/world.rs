@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use freezeframe_api::names::DriverName;
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus, Verify,
+    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContentStatus,
+    Verify,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
@@ -193,6 +194,7 @@ impl World {
             include: vec![],
             exclude: vec![],
             verify: Verify::Quick,
+            limits: Limits::default(),
             deadline: Timestamp::now() + SignedDuration::from_secs(600),
             deletion_policy: DeletionPolicy::Delete,
             generation: Some(1),

@@ -14,7 +14,7 @@ mod world;
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::ContentPhase;
 use freezeframe_node_agent::drivers::lvm::{Lvm, fill};
-use freezeframe_node_agent::drivers::{DriverError, Env, SnapshotDriver, Verdict};
+use freezeframe_node_agent::drivers::{DriverError, Env, Pace, SnapshotDriver, Verdict};
 use freezeframe_node_agent::hypervisor::disks::disks;
 
 use node::{Lv, lvm, names, pool, thick, thin};
@@ -171,7 +171,7 @@ async fn a_snapshot_that_is_in_use_is_deleted_once_it_is_closed() {
     let mut taken = world.snapshot(1).await;
     let user = std::fs::File::open(&taken.tasks[0].artifact.as_ref().unwrap().handle).unwrap();
     let vm = world.vm().await;
-    let env = Env { vm: Some(&vm), roots: &world.sessions.roots, siblings: &[] };
+    let env = Env { vm: Some(&vm), roots: &world.sessions.roots, siblings: &[], pace: &Pace::default() };
     let kept = Lvm.remove(&env, &mut taken.tasks[0]).await.unwrap_err();
     assert!(matches!(&kept, DriverError::NotNow(why) if why.contains("in use")), "{kept}");
     drop((user, vm));

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use freezeframe_api::names::DriverName;
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus, Verify,
+    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContentStatus, Verify,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
 use freezeframe_node_agent::drivers::lvm::Lvm;
-use freezeframe_node_agent::drivers::{DiskTask, Drivers, Env, Removal, SnapshotDriver};
+use freezeframe_node_agent::drivers::{DiskTask, Drivers, Env, Pace, Removal, SnapshotDriver};
 use freezeframe_node_agent::hypervisor::disks::disks;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::{Vm, VmKey};
@@ -142,6 +142,7 @@ impl World {
             include: vec![],
             exclude: vec![],
             verify: Verify::Quick,
+            limits: Limits::default(),
             deadline: Timestamp::now() + SignedDuration::from_secs(600),
             deletion_policy: DeletionPolicy::Delete,
             generation: Some(1),
@@ -218,7 +219,7 @@ impl World {
     /// Takes back what tasks made, until nothing is left.
     pub async fn remove(&self, tasks: &mut [DiskTask]) {
         let vm = self.vm().await;
-        let env = Env { vm: Some(&vm), roots: &self.sessions.roots, siblings: &[] };
+        let env = Env { vm: Some(&vm), roots: &self.sessions.roots, siblings: &[], pace: &Pace::default() };
         for task in tasks {
             let mut steps = 0..MOST_STEPS;
             while !matches!(Lvm.remove(&env, task).await.unwrap(), Removal::Done) {

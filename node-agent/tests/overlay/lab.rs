@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use freezeframe_api::names::DriverName;
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Pause, VMSnapshotContentStatus, Verify,
+    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContentStatus,
+    Verify,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
@@ -45,6 +46,8 @@ pub struct Lab {
     /// Files that are there from the start beside the disks.
     pub others: Vec<String>,
     pub sessions: Sessions,
+    /// Those of every order that is made.
+    pub limits: Limits,
     /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
     start: Vec<(String, usize)>,
     taken: u32,
@@ -94,6 +97,7 @@ impl Lab {
             snapshots: BTreeMap::new(),
             others: vec![],
             sessions,
+            limits: Limits::default(),
             start: vec![],
             taken: 0,
             written: 0,
@@ -156,6 +160,7 @@ impl Lab {
             include: vec![],
             exclude: vec![],
             verify: Verify::Quick,
+            limits: self.limits.clone(),
             deadline: Timestamp::now() + Duration::from_secs(300),
             deletion_policy: DeletionPolicy::Delete,
             generation: Some(1),

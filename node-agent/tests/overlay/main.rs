@@ -9,3 +9,4 @@ mod machine;
 mod orders;
 mod shapes;
 mod stopped;
+mod ways;

@@ -56,6 +56,7 @@ pub fn content(snapshot: &VMSnapshot, class: &VMSnapshotClass, node: &NodeName) 
             quiesce,
             disks,
             verify: class.spec.verify,
+            limits: class.spec.limits.clone(),
             deadline: Time(deadline(snapshot)),
             deletion_policy: deletion_policy.unwrap_or(class.spec.deletion_policy),
         },

@@ -145,8 +145,9 @@ impl Draft {
         self.status.creation_time = creation_time;
         self.status.consistency = consistency;
         self.status.disks = disks;
-        for reported in
-            conditions.into_iter().filter(|c| [types::ACCEPTED, types::QUIESCED].contains(&c.type_.as_str()))
+        for reported in conditions
+            .into_iter()
+            .filter(|c| [types::ACCEPTED, types::QUIESCED, types::SPACE_LOW].contains(&c.type_.as_str()))
         {
             self.set(&reported.type_, reported.status == "True", &reported.reason, reported.message);
         }

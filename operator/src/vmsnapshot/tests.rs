@@ -211,6 +211,20 @@ fn a_failure_is_told_with_the_nodes_own_reason() {
 }
 
 #[test]
+fn a_ready_snapshot_that_its_node_calls_overflowed_is_ready_no_more() {
+    let whole = reported(&snapshot("a"), ContentPhase::Ready, reasons::COMPLETED);
+    let ready = after(snapshot("a").finalized(), &plan(&with_content(snapshot("a").finalized(), whole), at(20)));
+    assert_eq!(ready.status.as_ref().unwrap().phase, Phase::Ready);
+    let mut lost = reported(&snapshot("a"), ContentPhase::Failed, reasons::SNAPSHOT_OVERFLOWED);
+    let low = condition(types::SPACE_LOW, true, reasons::SPACE_LOW, "vda is full", None, at(30));
+    lost.status.as_mut().unwrap().conditions.push(low);
+    let failed = plan(&with_content(ready, lost), at(40));
+    assert_eq!((status(&failed).phase, status(&failed).ready_to_use), (Phase::Failed, false));
+    assert_eq!(is(&failed, types::READY), pair("False", reasons::SNAPSHOT_OVERFLOWED));
+    assert_eq!(is(&failed, types::SPACE_LOW), pair("True", reasons::SPACE_LOW));
+}
+
+#[test]
 fn a_node_has_ten_seconds_after_the_deadline_to_report() {
     let observed = with_content(snapshot("a").finalized(), content(&snapshot("a")));
     assert_eq!(status(&plan(&observed, at(69))).phase, Phase::Preparing);

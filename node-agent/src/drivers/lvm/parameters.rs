@@ -10,6 +10,8 @@ use crate::drivers::{DriverError, Result};
 const SIZE: &str = "size";
 const MIN_FREE: &str = "minFreePercent";
 const DEFAULT_MIN_FREE: u8 = 10;
+const WARN: &str = "warnPercent";
+const DEFAULT_WARN: u8 = 80;
 
 /// Space that is set apart for a thick snapshot's changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,12 +59,14 @@ pub struct Parameters {
     pub size: Option<Size>,
     /// Percent of a thin pool, data and metadata, that must be free.
     pub min_free_percent: u8,
+    /// Percent of a thick snapshot's space from which on it is said to be low.
+    pub warn_percent: u8,
 }
 
 impl Parameters {
     /// Reads a class's parameters.
     pub fn parse(given: &BTreeMap<String, String>) -> Result<Self> {
-        let mut parameters = Self { size: None, min_free_percent: DEFAULT_MIN_FREE };
+        let mut parameters = Self { size: None, min_free_percent: DEFAULT_MIN_FREE, warn_percent: DEFAULT_WARN };
         for (key, value) in given {
             let refuse = |why: &str| Err(DriverError::Parameter { key: key.clone(), why: format!("`{value}` {why}") });
             match key.as_str() {
@@ -74,7 +78,11 @@ impl Parameters {
                     Some(percent) if percent < 100 => parameters.min_free_percent = percent,
                     _ => return refuse("is not a number from 0 to 99"),
                 },
-                _ => return refuse("is set, but lvm knows only size and minFreePercent"),
+                WARN => match digits(value).and_then(|percent| u8::try_from(percent).ok()) {
+                    Some(percent) if (1..=99).contains(&percent) => parameters.warn_percent = percent,
+                    _ => return refuse("is not a number from 1 to 99"),
+                },
+                _ => return refuse("is set, but lvm knows only size, minFreePercent and warnPercent"),
             }
         }
         Ok(parameters)
@@ -114,6 +122,10 @@ mod tests {
         assert_eq!(parse(MIN_FREE, "0").unwrap().min_free_percent, 0);
         for text in ["100", "-1", "x", ""] {
             assert!(parse(MIN_FREE, text).is_err(), "{text}");
+        }
+        assert_eq!(parse(WARN, "60").unwrap().warn_percent, 60);
+        for text in ["0", "100", "-1", ""] {
+            assert!(parse(WARN, text).is_err(), "{text}");
         }
         assert!(parse("colour", "red").is_err());
     }

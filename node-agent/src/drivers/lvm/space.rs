@@ -65,7 +65,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn check(used: f64, min_free_percent: u8) -> Result<()> {
-        check_part("/dev/vg0/pool".into(), GIB, used, &Parameters { size: None, min_free_percent })
+        check_part("/dev/vg0/pool".into(), GIB, used, &Parameters { size: None, min_free_percent, warn_percent: 80 })
     }
 
     #[test]

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, dependents, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
-use super::{DiskTask, offline_merge};
+use super::{DiskTask, at_rest, offline_merge};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
@@ -155,14 +155,14 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
         return finish_active(vm, directory, state, &place).await;
     }
     refuse_foreign_dependents(directory, state, &place)?;
-    if pin_if_stale(env, vm, &place, state).await? {
+    if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place).await? {
         return Ok(Removal::Again);
     }
     renew_all(env, vm, &place).await?;
     match (place.may_become_writable(place.at), place.at) {
         (true, 1) => commit_active(env, vm, directory, state, &graph, &place).await,
         (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
-        (false, at) => stream_up(vm, directory, state, &place, at).await,
+        (false, at) => stream_up(env, vm, directory, state, &place, at).await,
     }
 }
 
@@ -244,8 +244,12 @@ async fn commit_active(
         "base-node": place.chain[place.at].name,
         "auto-dismiss": false,
     });
-    start(vm, state, "block-commit", &arguments).await?;
-    jobs::wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
+    start(env, vm, state, "block-commit", arguments).await?;
+    if at_rest::may_be_reopened(place.chain[place.at]) {
+        env.pace.wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
+    } else {
+        jobs::wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
+    }
     switch(directory, state, Some(state.job()), place)
 }
 
@@ -298,7 +302,7 @@ async fn commit_middle(
         return Ok(kept);
     }
     if !place.may_become_writable(over) {
-        return stream_up(vm, directory, state, place, at).await;
+        return stream_up(env, vm, directory, state, place, at).await;
     }
     if state.merging.is_none() {
         let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
@@ -315,8 +319,8 @@ async fn commit_middle(
         "backing-file": state.layer,
         "auto-dismiss": false,
     });
-    start(vm, state, "block-commit", &arguments).await?;
-    jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
+    start(env, vm, state, "block-commit", arguments).await?;
+    env.pace.wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
     if let Some(merging) = &mut state.merging {
         merging.check_done(directory, state.base)?;
     }
@@ -333,6 +337,7 @@ pub fn kept_for(env: &Env<'_>, directory: &ImageDirectory, above: &str) -> Optio
 /// Copies the snapshot's data up into the layer above, where the file's own node can't be made writable: QEMU would
 /// reopen it by a name that leads to another file by now.
 async fn stream_up(
+    env: &Env<'_>,
     vm: &Vm,
     directory: &ImageDirectory,
     state: &mut State,
@@ -356,8 +361,8 @@ async fn stream_up(
         arguments["base-node"] = below.name.clone().into();
         arguments["backing-file"] = below_name(directory, state)?.into();
     }
-    start(vm, state, "block-stream", &arguments).await?;
-    jobs::wait(vm.qmp(), &state.job(), Wanted::Gone).await?;
+    start(env, vm, state, "block-stream", arguments).await?;
+    env.pace.wait(vm.qmp(), &state.job(), Wanted::Gone).await?;
     directory.sync_file(&name_of(directory, place.id(directory, at - 1))?)?;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if still_below(&graph, place, at) {
@@ -377,10 +382,11 @@ fn below_name(directory: &ImageDirectory, state: &State) -> Result<String> {
     header.backing.ok_or_else(|| DriverError::NotNow(format!("{} names no backing file", state.layer)))
 }
 
-async fn start(vm: &Vm, state: &State, command: &str, arguments: &Value) -> Result<()> {
+async fn start(env: &Env<'_>, vm: &Vm, state: &State, command: &str, mut arguments: Value) -> Result<()> {
     if jobs::find(vm.qmp(), &state.job()).await?.is_some() {
         return Ok(());
     }
+    arguments["speed"] = env.pace.speed.into();
     let doing = format!("start {command} for {}", state.layer);
     vm.qmp().execute::<Value>(command, arguments, QMP_TIMEOUT).await.map(drop).map_err(qemu(doing))
 }

@@ -78,7 +78,7 @@ fn file_options(node: &str, file: &str, like: &Node, auto_read_only: bool) -> Va
     })
 }
 
-fn cache_options(like: &Node) -> Value {
+pub fn cache_options(like: &Node) -> Value {
     json!({"direct": like.cache.direct, "no-flush": like.cache.no_flush})
 }
 

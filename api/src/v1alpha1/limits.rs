@@ -1,0 +1,23 @@
+//! What an administrator allows snapshots to cost their VM and its node afterwards.
+
+use kube::KubeSchema;
+use kube::core::Duration;
+use serde::{Deserialize, Serialize};
+
+/// What snapshots may cost their VM and its node after the cut. A snapshot keeps what its class said when it was taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Limits {
+    /// How fast a running VM's layers are merged when a snapshot is deleted, in bytes a second for each disk, such as
+    /// `50Mi`. Set by the administrator; as fast as it goes when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), regex(pattern = r"^[1-9][0-9]*(Mi|Gi)$"))]
+    pub merge_speed: Option<String>,
+    /// While the guest's reads, writes or flushes take longer than this on average, a merge rests, though it always goes
+    /// on a little. Set by the administrator, 1ms to 60s; a merge never rests when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m))+$"))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('1ms') && duration(self) <= duration('60s')")
+        .message("maxMergeLatency must be between 1ms and 60s"))]
+    pub max_merge_latency: Option<Duration>,
+}

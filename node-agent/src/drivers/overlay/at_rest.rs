@@ -1,0 +1,45 @@
+//! Images below a disk's own are read-only while no job works on them.
+//!
+//! QEMU leaves the base of a cancelled or failed active commit writable (seen on 7.2). A later commit into it would find
+//! it so, leave it so, and with it what it wrote to the image's tables in memory: nothing flushes those, since a guest's
+//! flush goes to its own layer alone. The file above would be unlinked while its data is nowhere else on disk.
+
+use freezeframe_qemu::Node;
+use serde_json::json;
+
+use super::place::Place;
+use super::prepare::cache_options;
+use crate::drivers::{Result, qemu};
+use crate::hypervisor::{QMP_TIMEOUT, Vm};
+
+/// Makes the images below the disk's own read-only again, which writes out their tables; whether one wasn't.
+pub async fn restore(vm: &Vm, place: &Place<'_>) -> Result<bool> {
+    let left = || place.chain.iter().skip(1).filter(|node| !node.read_only && may_be_reopened(node));
+    if left().next().is_none() {
+        return Ok(false);
+    }
+    let jobs = vm.qmp().query_jobs(QMP_TIMEOUT).await.map_err(qemu("list the block jobs"))?;
+    if jobs.iter().any(|job| job.status != "concluded") {
+        return Ok(false);
+    }
+    for node in left() {
+        let options = json!({
+            "driver": node.driver,
+            "node-name": node.name,
+            "file": node.file_child,
+            "backing": node.backing,
+            "read-only": true,
+            "cache": cache_options(node),
+            "detect-zeroes": node.detect_zeroes,
+            "discard": "unmap",
+        });
+        let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
+        reopened.map_err(qemu(format!("make {} read-only again", node.name)))?;
+    }
+    Ok(true)
+}
+
+/// Whether QEMU lets a node's options be changed. A merge into one where it doesn't makes way for nobody.
+pub fn may_be_reopened(node: &Node) -> bool {
+    !node.auto_named
+}

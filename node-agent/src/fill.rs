@@ -1,0 +1,120 @@
+//! Watches how full the space of complete snapshots gets that can overflow, and says so before, and when, they do.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent};
+use kube::{Api, Client, ResourceExt};
+use tokio_util::sync::CancellationToken;
+
+use crate::drivers::{DiskTask, Fill};
+use crate::locks::VmLocks;
+use crate::metrics::Metrics;
+use crate::report::{ReportError, call, report};
+use crate::session::Sessions;
+use crate::session::journal::{JournalError, SessionRecord, Stage};
+use crate::session::outcome::{chain, filled};
+
+/// What watching needs.
+pub struct FillWatch {
+    /// The API.
+    pub client: Client,
+    /// The sessions of this node.
+    pub sessions: Arc<Sessions>,
+    /// A snapshot that is being deleted is left alone.
+    pub locks: VmLocks,
+    /// What is measured.
+    pub metrics: Metrics,
+    /// How often it looks.
+    pub every: Duration,
+}
+
+impl FillWatch {
+    /// Looks until `stop`.
+    pub async fn run(self, stop: CancellationToken) {
+        stop.run_until_cancelled(self.look_for_ever()).await;
+    }
+
+    async fn look_for_ever(&self) {
+        // What was written down but couldn't be reported yet, by UID.
+        let mut unreported = HashSet::new();
+        let mut beat = tokio::time::interval(self.every);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            beat.tick().await;
+            if let Err(error) = self.look(&mut unreported).await {
+                tracing::warn!(error = chain(&error), "the journal can't be read");
+            }
+        }
+    }
+
+    async fn look(&self, unreported: &mut HashSet<String>) -> Result<(), JournalError> {
+        self.metrics.forget_fills();
+        let records = self.sessions.journal.all()?;
+        let looked_at = |record: &SessionRecord| is_whole(record) || unreported.contains(&record.order.uid);
+        for record in records.into_iter().filter(looked_at).collect::<Vec<_>>() {
+            let fills = fills(&self.sessions, &record).await;
+            for (disk, fill) in &fills {
+                self.metrics.set_fill(&record.order.content, disk, fill.percent);
+            }
+            let uid = record.order.uid.clone();
+            let Some(news) = self.write_down(&uid, &fills)?.or_else(|| unreported.take(&uid).map(|_| record)) else {
+                continue;
+            };
+            if let Err(error) = self.tell(&news).await {
+                tracing::warn!(error = chain(&error), "how full a snapshot is can't be reported");
+                unreported.insert(uid);
+            }
+        }
+        Ok(())
+    }
+
+    /// The record with the new status, if that says anything new. A VM that is being worked on is looked at next time.
+    fn write_down(&self, uid: &str, fills: &[(String, Fill)]) -> Result<Option<SessionRecord>, JournalError> {
+        let Some(record) = self.sessions.journal.load(uid)?.filter(is_whole) else { return Ok(None) };
+        let Some(_turn) = self.locks.try_turn(&record.order.vm) else { return Ok(None) };
+        let Some(status) = filled(&record, fills) else { return Ok(None) };
+        if status.phase == Some(ContentPhase::Failed) {
+            tracing::warn!(content = record.order.content, "a snapshot overflowed");
+        }
+        let news = SessionRecord { status: Some(status), ..record };
+        self.sessions.journal.save(&news)?;
+        Ok(Some(news))
+    }
+
+    async fn tell(&self, record: &SessionRecord) -> Result<(), ReportError> {
+        let contents: Api<VMSnapshotContent> = Api::all(self.client.clone());
+        let name = &record.order.content;
+        let found = call(&format!("content {name}"), contents.get_opt(name)).await?;
+        let ours = found.filter(|content| content.uid().as_deref() == Some(&record.order.uid));
+        match (ours, &record.status) {
+            (Some(content), Some(status)) => report(&self.client, &content, status).await,
+            // Gone, and so is the need to report.
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether a snapshot is complete and was good when last looked at.
+fn is_whole(record: &SessionRecord) -> bool {
+    let ready = record.status.as_ref().is_some_and(|status| status.phase == Some(ContentPhase::Ready));
+    record.stage == Stage::Complete && !record.removing && ready
+}
+
+async fn fills(sessions: &Sessions, record: &SessionRecord) -> Vec<(String, Fill)> {
+    let mut fills = vec![];
+    for task in &record.tasks {
+        fills.extend(fill(sessions, task).await.map(|fill| (task.disk.clone(), fill)));
+    }
+    fills
+}
+
+async fn fill(sessions: &Sessions, task: &DiskTask) -> Option<Fill> {
+    let found = sessions.drivers.find(&task.driver)?.fill(task).await;
+    // What can't be looked at isn't called overflowed; it is looked at again.
+    found.unwrap_or_else(|error| {
+        tracing::warn!(disk = task.disk, error = chain(&error), "it can't be seen how full a snapshot is");
+        None
+    })
+}

@@ -1,0 +1,88 @@
+//! Merges are slow where the class says so, and make way for a snapshot at once.
+
+use std::time::Duration;
+
+use freezeframe_api::v1alpha1::{ContentPhase, Limits};
+use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::locks::VmLocks;
+use freezeframe_node_agent::session::order::Order;
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use crate::lab::{Lab, Snapshot, Wanted};
+use crate::machine::{REGION, view};
+use crate::shapes::{Shape, lab};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// So slow that the few regions of a layer take seconds.
+fn slowly(lab: &mut Lab) {
+    lab.limits = Limits { merge_speed: Some((4 * REGION).to_string()), ..Limits::default() };
+}
+
+async fn until_a_job_runs(lab: &Lab) {
+    let end = Instant::now() + PATIENCE;
+    while lab.machine.execute("query-jobs", json!({})).await == json!([]) {
+        assert!(Instant::now() < end, "no merge begins");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Deletes `victim` and asks for a snapshot while it is being merged; both as the controller does it. Returns how long
+/// the snapshot waited for its turn.
+async fn snapshot_in_the_middle(lab: &Lab, victim: &Order, order: &Order) -> Duration {
+    let (locks, vm) = (VmLocks::default(), VmKey { namespace: "shop".into(), name: "db".into() });
+    let delete = async {
+        let _turn = locks.turn_after_snapshots(&vm).await;
+        lab.sessions.delete_unless_waiting(victim, &locks.waiting(&vm)).await.unwrap()
+    };
+    let snapshot = async {
+        until_a_job_runs(lab).await;
+        let asked = Instant::now();
+        let _turn = locks.turn_of_snapshot(&vm).await;
+        (asked.elapsed(), lab.sessions.advance(order, &Wanted).await.unwrap())
+    };
+    let (deletion, (waited, _)) = tokio::join!(delete, snapshot);
+    assert!(!deletion.over, "the merge didn't make way");
+    waited
+}
+
+async fn makes_way(shape: Shape, at: usize) {
+    println!("{shape:?}, snapshot {at}");
+    let mut lab = lab(shape, 1).await;
+    slowly(&mut lab);
+    let taken = [lab.take().await, lab.take().await, lab.take().await];
+    let victim = lab.snapshots.remove(&taken[at]).unwrap().order;
+    let (number, order) = lab.order();
+    let views = lab.views();
+    let waited = Box::pin(snapshot_in_the_middle(&lab, &victim, &order)).await;
+    assert!(waited < Duration::from_millis(500), "the snapshot waited for {waited:?}");
+    let status = lab.advance(&order).await;
+    assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+    lab.snapshots.insert(number, Snapshot { order, views });
+    lab.write().await;
+    for (number, snapshot) in &lab.snapshots {
+        for (handle, wanted) in lab.handles(*number).iter().zip(&snapshot.views) {
+            assert_eq!(view(handle), *wanted, "snapshot {number} after a merge that was given up half way");
+        }
+    }
+    let begun = Instant::now();
+    lab.delete_order(&victim).await;
+    assert!(begun.elapsed() > Duration::from_millis(500), "a merge of some regions at four a second was quick");
+    lab.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_of_the_disks_own_layer_makes_way_for_a_snapshot() {
+    Box::pin(makes_way(Shape::Blockdev, 2)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_in_the_middle_of_a_chain_makes_way_for_a_snapshot() {
+    Box::pin(makes_way(Shape::Iothreads, 1)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_upwards_makes_way_for_a_snapshot() {
+    Box::pin(makes_way(Shape::Legacy, 2)).await;
+}
