@@ -158,7 +158,7 @@ async fn a_snapshot_waits_for_its_class_and_its_vm_and_no_longer_than_its_deadli
 
     // The VM is found while it still boots: nothing in it can be frozen yet.
     let any_level = json!({"vmName": "db-2", "consistency": {"required": "Crash"}});
-    world.apply_snapshot("early", any_level).await?;
+    world.apply_snapshot("early", any_level.clone()).await?;
     waits(&world, "early", reasons::VM_NOT_FOUND).await?;
     let guest = world.boot(&WorldConfig { vm: "db-2".into(), ..WorldConfig::default() }).await?;
     ensure_ready(&world, "early").await?;
@@ -170,8 +170,10 @@ async fn a_snapshot_waits_for_its_class_and_its_vm_and_no_longer_than_its_deadli
     let brief = json!({"vmName": "db-2", "failureDeadline": "2s"});
     let message = failed(&world, "too-late", brief, reasons::DEADLINE_EXCEEDED).await?;
     assert!(message.contains("doesn't run") && message.contains("Degrade"), "{message}");
+    world.delete("down").await?;
+    world.apply_snapshot("as-it-lies", any_level).await?;
+    ensure_ready(&world, "as-it-lies").await?;
     let guest = stopped.restart_same_command_line().await?;
-    ensure_ready(&world, "down").await?;
     guest.await_records(5, SOON).await?;
     Ok(())
 }
