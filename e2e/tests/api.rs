@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use corpus::{Case, cases};
+use freezeframe_api::crds;
 use freezeframe_e2e::{ControlPlane, Controllers, await_condition};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
@@ -40,8 +41,9 @@ fn apply(plane: &ControlPlane, path: &str) -> Result<()> {
 
 fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("freezeframe.dev", "v1alpha1", kind));
-    match kind {
-        "VMSnapshot" | "VMSnapshotSchedule" | "VMTarget" => Api::namespaced_with(client.clone(), "shop", &resource),
+    let crd = crds::all().into_iter().find(|crd| crd.spec.names.kind == kind).unwrap();
+    match crd.spec.scope.as_str() {
+        "Namespaced" => Api::namespaced_with(client.clone(), "shop", &resource),
         _ => Api::all_with(client.clone(), &resource),
     }
 }
