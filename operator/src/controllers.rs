@@ -44,8 +44,7 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
         wake(&of_snapshot, wakes::by_snapshot(&cache, snapshot));
         wake(&restore_of_snapshot, wakes::restores_by_snapshot(&restores, snapshot));
     });
-    let schedules = sources.schedules.watch(ctx.client.clone());
-    let (due, of_schedules) = Schedules::new(&ctx);
+    let (due, woken_schedules) = Schedules::new(&ctx);
     let snapshots = due.wake_on(snapshots, schedule::wakes::by_snapshot);
     let targets = due.wake_on(sources.targets.watch(ctx.client.clone()), schedule::wakes::by_target);
     let classes = due.wake_on(sources.classes.watch(ctx.client.clone()), schedule::wakes::by_class);
@@ -57,9 +56,7 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
             |object, error, ctx| error_policy(content::CONTROLLER, &*object, error, &ctx),
             ctx.clone(),
         );
-    let of_schedules = Controller::for_stream(schedules, ctx.caches.schedules.clone())
-        .with_config(Config::default().concurrency(CONCURRENCY))
-        .reconcile_on(of_schedules)
+    let of_schedules = schedule_controller(&ctx, sources.schedules, woken_schedules)
         .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(
             |object, ctx| measured(schedule::CONTROLLER, schedule::reconcile, object, ctx),
@@ -93,6 +90,16 @@ pub async fn run(ctx: Arc<Context>, sources: Sources, stop: CancellationToken) {
         _ = all => {}
         () = async { stop.cancelled().await; tokio::time::sleep(LINGER).await } => warn!("reconciles were cut off"),
     }
+}
+
+fn schedule_controller(
+    ctx: &Context,
+    schedules: Source<VMSnapshotSchedule>,
+    woken: UnboundedReceiver<schedule::wakes::Ref>,
+) -> Controller<Guarded<VMSnapshotSchedule>> {
+    Controller::for_stream(schedules.watch(ctx.client.clone()), ctx.caches.schedules.clone())
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .reconcile_on(woken)
 }
 
 fn restore_controller(
