@@ -42,9 +42,9 @@ pub struct Judged {
 }
 
 /// The rules of a schedule.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Rules<'a> {
-    /// None: everything is kept.
+    /// None, or rules that ask for nothing: everything is kept.
     pub keep: Option<&'a Keep>,
     /// Good ones that are kept in any case.
     pub min_healthy: usize,
@@ -71,6 +71,7 @@ impl<'a> Rules<'a> {
 /// Judges the snapshots of one VM; the answer is in their order in time, latest first.
 #[must_use]
 pub fn judge(mut candidates: Vec<Candidate>, rules: &Rules<'_>, now: Timestamp) -> Vec<Judged> {
+    let rules = &Rules { keep: rules.keep.filter(|keep| asks_for_something(keep)), ..*rules };
     candidates.sort_by(|a, b| (b.time, &b.name).cmp(&(a.time, &a.name)));
     let mut judged: Vec<Judged> = candidates
         .into_iter()
@@ -150,6 +151,11 @@ fn counts(keep: &Keep) -> Vec<Count> {
     ];
     let wanted = |count: &Option<i32>| count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
     rows.into_iter().map(|(name, count, period)| Count { name, wanted: wanted(count), period }).collect()
+}
+
+/// The API refuses rules that ask for nothing. Where they come by, nobody has asked to have everything removed.
+fn asks_for_something(keep: &Keep) -> bool {
+    keep.within.is_some() || counts(keep).iter().any(|count| count.wanted > 0)
 }
 
 fn day(time: &Zoned) -> i64 {

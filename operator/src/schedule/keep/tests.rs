@@ -165,15 +165,18 @@ fn failed_ones_count_for_no_rule_and_have_a_limit_of_their_own() {
 #[test]
 fn without_rules_only_failed_ones_go() {
     let zone = TimeZone::UTC;
-    let rules = Rules { keep: None, min_healthy: 1, failed_history_limit: 0, zone: &zone };
-    let candidates = [Worth::Good, Worth::Unproved, Worth::Failed].map(|worth| Candidate {
-        name: format!("{worth:?}"),
-        time: Timestamp::UNIX_EPOCH,
-        worth,
-        protected: vec![],
-    });
-    let judged = judge(candidates.into(), &rules, Timestamp::MAX);
-    assert_eq!(judged_names(&judged), ["Unproved: unproved all", "Good: all", "Failed: "]);
+    let nothing = [keep(json!({})), keep(json!({"last": 0, "daily": -1}))];
+    for keep in [None, Some(&nothing[0]), Some(&nothing[1])] {
+        let rules = Rules { keep, min_healthy: 1, failed_history_limit: 0, zone: &zone };
+        let candidates = [Worth::Good, Worth::Unproved, Worth::Failed].map(|worth| Candidate {
+            name: format!("{worth:?}"),
+            time: Timestamp::UNIX_EPOCH,
+            worth,
+            protected: vec![],
+        });
+        let judged = judge(candidates.into(), &rules, Timestamp::MAX);
+        assert_eq!(judged_names(&judged), ["Unproved: unproved all", "Good: all", "Failed: "], "{keep:?}");
+    }
 }
 
 fn any_candidate() -> impl Strategy<Value = Candidate> {
@@ -190,7 +193,7 @@ fn any_candidate() -> impl Strategy<Value = Candidate> {
 }
 
 fn any_keep() -> impl Strategy<Value = Option<Keep>> {
-    let count = || prop::option::of(1_i32..6);
+    let count = || prop::option::of(-1_i32..6);
     let within = prop::option::of(prop_oneof![Just("1h"), Just("2d"), Just("1mo1w"), Just("999y"), Just("1m")]);
     let rules = (count(), count(), count(), count(), count(), count(), within).prop_map(
         |(last, hourly, daily, weekly, monthly, yearly, within)| Keep {
