@@ -17,7 +17,7 @@ pub struct Options {
     /// Of the end-to-end tests this one topic alone: a file of e2e/tests, without .rs
     #[arg(long, conflicts_with = "quick")]
     topic: Option<String>,
-    /// The LVM suite in a node VM as well: a quarter of an hour more
+    /// The LVM suite in a node VM and more random lives of overlay chains as well: half an hour more
     #[arg(long, conflicts_with = "quick")]
     all: bool,
 }
@@ -59,9 +59,10 @@ fn stages(options: &Options) -> Vec<Stage> {
     // Every stage selects the whole workspace with the same features: cargo would build kube anew for each other choice.
     let units = format!("test --no-fail-fast --workspace --exclude freezeframe-e2e {FEATURES}");
     let rerun_units = format!("cargo {units}");
+    let lives = if options.all { "60" } else { "0" };
     let mut stages: Vec<Stage> = vec![
         ("format and clippy", "cargo xtask lint".into(), Box::new(|_| lint::run())),
-        ("unit tests", rerun_units, Box::new(move |tally| tests(&units, tally))),
+        ("unit tests", rerun_units, Box::new(move |tally| tests(&units, lives, tally))),
         ("generated files", "cargo xtask codegen --check".into(), Box::new(|_| codegen::run(true))),
     ];
     if !options.quick {
@@ -83,15 +84,15 @@ fn end_to_end(options: &Options) -> Stage {
     let rerun = format!("cargo {build} && cargo {arguments}");
     let stage = move |tally: &mut Tally| {
         run_command(cargo().args(build.split(' ')))?;
-        tests(&arguments, tally)
+        tests(&arguments, "0", tally)
     };
     ("end-to-end tests", rerun, Box::new(stage))
 }
 
-/// Runs cargo test, passing its output on and adding up its result lines.
-fn tests(arguments: &str, tally: &mut Tally) -> Result<()> {
+/// Runs cargo test with so many random lives of overlay chains beside the fixed ones, passing its output on and adding up its result lines.
+fn tests(arguments: &str, lives: &str, tally: &mut Tally) -> Result<()> {
     let mut command = cargo();
-    command.args(arguments.split(' ')).stdout(Stdio::piped());
+    command.args(arguments.split(' ')).stdout(Stdio::piped()).env("CHAIN_LIVES", lives);
     // A test that returns an error would print where the error was made, fifty lines of it; panics still do.
     command.env("RUST_LIB_BACKTRACE", "0");
     let status = counted(&mut command, tally)?;

@@ -199,7 +199,14 @@ async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place
 
 /// Somebody else's image on top of the snapshot's file needs it as it stands.
 fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<()> {
-    refuse_others(directory, &state.layer, state.base, place.id(directory, place.at - 1))
+    let Some(above) = place.id(directory, place.at - 1) else {
+        // A disk that QEMU named itself, after a merge into it.
+        let file = directory.join(&state.layer);
+        let why =
+            format!("QEMU has the layer above {} by an old name: delete it while the VM is stopped", file.display());
+        return Err(DriverError::NotNow(why));
+    };
+    refuse_others(directory, &state.layer, state.base, Some(above))
 }
 
 /// No image but `user` backs onto the file: it may be written to, and get another name.
