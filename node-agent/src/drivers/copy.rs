@@ -58,9 +58,21 @@ impl State {
 
     /// The VM's directory below the class's, made if need be. VM and namespace are DNS names: no `/`, no `..`.
     fn directory(&self, task: &DiskTask) -> Result<ImageDirectory> {
-        let root = trusted_directory(&self.root)?;
-        Ok(root.subdirectory(&format!("{}.{}", task.vm.namespace, task.vm.name))?)
+        Ok(trusted_directory(&self.root)?.subdirectory(&directory_name(task))?)
     }
+
+    /// The same as it is; none where it isn't there and nothing was made that could be in it.
+    fn existing_directory(&self, task: &DiskTask) -> Result<Option<ImageDirectory>> {
+        let found = trusted_directory(&self.root).and_then(|root| root.existing_subdirectory(&directory_name(task)));
+        match found {
+            Err(error) if error.is_not_found() && self.id.is_none() => Ok(None),
+            found => Ok(found.map(Some)?),
+        }
+    }
+}
+
+fn directory_name(task: &DiskTask) -> String {
+    format!("{}.{}", task.vm.namespace, task.vm.name)
 }
 
 #[async_trait]
@@ -136,7 +148,7 @@ impl SnapshotDriver for Copy {
             return Ok(Removal::Done);
         }
         let state: State = task.state()?;
-        let directory = state.directory(task)?;
+        let Some(directory) = state.existing_directory(task)? else { return Ok(Removal::Done) };
         if let Some(vm) = env.vm {
             jobs::cancel(vm.qmp(), &state.job()).await?;
             // A crash in `prepare` may have left a file that isn't on record yet.

@@ -237,6 +237,12 @@ impl ImageDirectory {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(source) => return Err(io_error("make directory", &path, source)),
         }
+        self.existing_subdirectory(name)
+    }
+
+    /// Opens a directory below it.
+    pub fn existing_subdirectory(&self, name: &str) -> Result<Self> {
+        let path = self.join(name);
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
             .map_err(|source| io_error("open directory", &path, source))?;
