@@ -9,6 +9,7 @@ use kube::Api;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
+use crate::guest::DISK_NAMES;
 use crate::{
     Agent, ControlPlane, Controllers, Disk, Filesystem, Format, Guest, GuestConfig, HostFilesystem, Load, LoopMount,
     Programs, Site, Style, Trouble, await_condition, run,
@@ -188,7 +189,7 @@ where
 fn guest_config(config: &WorldConfig, root: &Path, vm_root: &Path) -> Result<GuestConfig> {
     let private = root.join("guests").join(&config.namespace).join(&config.vm);
     let mut guest = GuestConfig::new(&config.namespace, &config.vm, vm_root, &private);
-    for (index, (name, spec)) in ["vda", "vdb", "vdc", "vdd"].into_iter().zip(&config.disks).enumerate() {
+    for (index, (name, spec)) in DISK_NAMES.into_iter().zip(&config.disks).enumerate() {
         let place = config.places.get(index).copied().unwrap_or(Place::Plain);
         guest.disks.push(make_disk(&image_directory(config, root, place)?, name, *spec)?);
     }

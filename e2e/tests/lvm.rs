@@ -9,25 +9,32 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use freezeframe_e2e::{NodeVm, NodeVmConfig};
+use freezeframe_e2e::{Cache, NodeVm, NodeVmConfig};
 
 /// Emulated in an emulator, on a machine that does other things too.
-const SUITE: Duration = Duration::from_secs(1500);
+const SUITE: Duration = Duration::from_secs(2100);
 const OWN_PACKAGE: [&str; 4] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_lvm_driver_passes_its_suite_on_a_node_with_real_volumes() -> Result<()> {
     let directory = tempfile::tempdir()?;
+    let cache = Cache::locate()?;
     let config = NodeVmConfig {
         directory: directory.path().to_owned(),
         memory_mib: 1024,
         data_mib: 2048,
-        share: vec![(build_suite()?, "lvm".to_owned())],
+        share: vec![
+            (build_suite()?, "lvm".to_owned()),
+            (cache.guest_file("vmlinuz")?, "vmlinuz".to_owned()),
+            (cache.guest_file("initrd")?, "initrd".to_owned()),
+        ],
     };
     let mut node = NodeVm::boot(&config).await?;
     // `LVM_TEST` runs one of its tests alone, to work on it.
     let only = std::env::var("LVM_TEST").unwrap_or_default();
-    let command = format!("LVM_TEST_DISK=/dev/vdb RUST_BACKTRACE=0 /share/lvm --test-threads=1 --nocapture {only}");
+    let command = format!(
+        "LVM_TEST_DISK=/dev/vdb FREEZEFRAME_CACHE=/tmp/cache RUST_BACKTRACE=0 /share/lvm --test-threads=1 --nocapture {only}"
+    );
     let ended = node.ask(&command, SUITE).await?;
     println!("{}", ended.output);
     ensure!(ended.code == 0, "the suite ended with {}", ended.code);

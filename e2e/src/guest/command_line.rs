@@ -1,10 +1,11 @@
 //! The QEMU command line of a guest.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-use super::{Agent, GuestConfig, Style};
+use super::{Agent, DISK_NAMES, GuestConfig, Style};
 use crate::{Cache, Disk, Invocation};
 
 /// KVM is never used: the device may be there and yet boot nothing, and results must not depend on it.
@@ -33,7 +34,8 @@ pub(super) fn build_verifying(cache: &Cache, config: &GuestConfig) -> Result<Inv
 }
 
 fn kernel(cache: &Cache, config: &GuestConfig, switches: &str) -> Result<Invocation> {
-    ensure!(config.disks.len() <= 4, "a guest has at most four disks, not {}", config.disks.len());
+    let most = DISK_NAMES.len();
+    ensure!(config.disks.len() <= most, "a guest has at most {most} disks, not {}", config.disks.len());
     Ok(Invocation::new("qemu-system-x86_64")
         .args(["-name", &config.name, "-m", &config.memory_mib.to_string()])
         .args(MACHINE.split_whitespace())
@@ -55,7 +57,7 @@ fn port(id: &str, name: &str, path: &Path) -> [String; 4] {
 }
 
 fn disks(invocation: Invocation, config: &GuestConfig) -> Invocation {
-    let named = ["vda", "vdb", "vdc", "vdd"].into_iter().zip(&config.disks);
+    let named = DISK_NAMES.into_iter().zip(&config.disks);
     named.fold(invocation, |invocation, (name, disk)| match config.style {
         Style::Blockdev => invocation.args(blockdev(name, disk)),
         Style::Drive => invocation.args(drive(name, disk)),
@@ -64,7 +66,10 @@ fn disks(invocation: Invocation, config: &GuestConfig) -> Invocation {
 
 fn blockdev(name: &str, disk: &Disk) -> [String; 6] {
     let (path, format) = (disk.path.display(), disk.format.name());
-    let file = format!("driver=file,node-name=file-{name},filename={path}");
+    // A path that isn't there yet is a file's.
+    let is_device = std::fs::metadata(&disk.path).is_ok_and(|found| found.file_type().is_block_device());
+    let driver = if is_device { "host_device" } else { "file" };
+    let file = format!("driver={driver},node-name=file-{name},filename={path}");
     let node = format!("driver={format},node-name=fmt-{name},file=file-{name}");
     let device = format!("virtio-blk-pci,drive=fmt-{name},id={name}");
     ["-blockdev".into(), file, "-blockdev".into(), node, "-device".into(), device]

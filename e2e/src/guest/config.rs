@@ -5,6 +5,11 @@ use std::time::Duration;
 
 use crate::Disk;
 
+/// Names of a guest's disks, on its command line and inside.
+pub(crate) const DISK_NAMES: [&str; 8] = ["vda", "vdb", "vdc", "vdd", "vde", "vdf", "vdg", "vdh"];
+/// It takes 3.5 s on an idle machine; several guests boot at once on a busy one.
+const BOOTED: Duration = Duration::from_secs(120);
+
 /// What the guest does with its disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
@@ -81,7 +86,7 @@ pub struct GuestConfig {
     pub vm_root: PathBuf,
     /// For what is ours alone: private sockets, console, log.
     pub directory: PathBuf,
-    /// At most four, `vda` first; the witness is on the first two, or all with [`Load::Row`].
+    /// At most eight, `vda` first; the witness is on the first two, or all with [`Load::Row`].
     pub disks: Vec<Disk>,
     /// What it does.
     pub load: Load,
@@ -93,6 +98,8 @@ pub struct GuestConfig {
     pub trouble: Trouble,
     /// How its disks are given.
     pub style: Style,
+    /// How long it may take from exec to its load and its agent.
+    pub boot_bound: Duration,
     /// Memory in MiB; 128 is the least that boots.
     pub memory_mib: u32,
     /// More arguments for QEMU.
@@ -114,6 +121,7 @@ impl GuestConfig {
             agent: Agent::On,
             trouble: Trouble::None,
             style: Style::Blockdev,
+            boot_bound: BOOTED,
             memory_mib: 192,
             extra_arguments: Vec::new(),
         }

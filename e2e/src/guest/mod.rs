@@ -13,13 +13,12 @@ use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
+pub(crate) use config::DISK_NAMES;
 pub use config::{Agent, GuestConfig, Load, Style, Trouble};
 pub use verify::{Verified, verify_by_booting};
 
 use crate::{Cache, Heartbeat, Invocation, Monitor, Process, await_condition};
 
-/// Exec to a running guest agent is 3.5 s on an idle machine; several guests boot at once on a busy one.
-const UP: Duration = Duration::from_secs(120);
 /// Ending the load, unmounting and powering off.
 const DOWN: Duration = Duration::from_secs(60);
 
@@ -51,7 +50,7 @@ impl Guest {
             std::fs::remove_file(&console)?;
         }
         let mut process = Process::spawn("qemu", &invocation, &config.directory)?;
-        let monitor = await_condition("QEMU's monitor", UP, async || {
+        let monitor = await_condition("QEMU's monitor", config.boot_bound, async || {
             if patience == Patience::UntilUnlocked && process.exit_status()?.is_some() {
                 process = Process::spawn("qemu", &invocation, &config.directory)?;
             }
@@ -66,7 +65,7 @@ impl Guest {
     }
 
     async fn await_up(&mut self) -> Result<()> {
-        await_condition("the guest to be up", UP, async || {
+        await_condition("the guest to be up", self.config.boot_bound, async || {
             self.process.ensure_running()?;
             let agent_ready = self.config.agent == Agent::Off || self.monitor.port_is_open("qga").await?;
             let load_runs = self.config.load == Load::None || self.records_written() > 0;

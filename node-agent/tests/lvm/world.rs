@@ -1,5 +1,6 @@
 //! A VM on logical volumes, a guard and an agent's sessions, all of one test's own.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use freezeframe_api::names::DriverName;
@@ -37,7 +38,7 @@ pub struct World {
     pub contents: Vec<Content>,
     epoch: u8,
     _guard: watch::Sender<bool>,
-    _run: TempDir,
+    run: TempDir,
 }
 
 /// A snapshot that is complete.
@@ -69,6 +70,15 @@ impl World {
     /// A running VM on new volumes that read as zeros.
     pub async fn new(volumes: &[Lv]) -> Self {
         volumes.iter().for_each(Lv::create);
+        let mut world = Self::without_vm();
+        world.machine = Some(Machine::start(&world.sessions.vm_root.join("shop/db-1"), volumes).await);
+        world.contents = vec![Content::default(); volumes.len()];
+        world.volumes = volumes.to_vec();
+        world
+    }
+
+    /// A guard and an agent's sessions, for a VM `shop/db-1` that the test starts itself.
+    pub fn without_vm() -> Self {
         let run = tempfile::tempdir().unwrap();
         let vm_root = run.path().join("vms");
         let directory = vm_root.join("shop/db-1");
@@ -79,16 +89,19 @@ impl World {
         let timing = Timing { silence: Duration::from_secs(30), ..Timing::default() };
         tokio::spawn(Server::bind(&socket, state, timing, stopping).unwrap().run());
         let sessions = Sessions {
-            roots: ImageRoots::new(vec![vm_root.clone()]),
+            roots: ImageRoots::new(vec![run.path().join("images"), vm_root.clone()]),
             vm_root,
             guard: Guard::new(socket),
             journal: Journal::open(run.path().join("contents")).unwrap(),
             drivers: Drivers::default(),
             stopped: StoppedVms::with_files_only(),
         };
-        let machine = Some(Machine::start(&directory, volumes).await);
-        let contents = vec![Content::default(); volumes.len()];
-        Self { machine, sessions, volumes: volumes.to_vec(), contents, epoch: 0, _guard: stop, _run: run }
+        Self { machine: None, sessions, volumes: vec![], contents: vec![], epoch: 0, _guard: stop, run }
+    }
+
+    /// Where the test may put files.
+    pub fn directory(&self) -> &Path {
+        self.run.path()
     }
 
     pub fn machine(&self) -> &Machine {
