@@ -33,7 +33,7 @@ pub struct Options {
 
 /// The guest's write load.
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
-enum Load {
+pub enum Load {
     /// Records alone, each synced to both disks
     #[default]
     Light,

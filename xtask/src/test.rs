@@ -89,7 +89,8 @@ fn end_to_end(options: &Options) -> Stage {
     ("end-to-end tests", rerun, Box::new(stage))
 }
 
-/// Runs cargo test with so many random lives of overlay chains beside the fixed ones, passing its output on and adding up its result lines.
+/// Runs cargo test, passing its output on and adding up its result lines; with so many random lives of overlay chains
+/// beside the fixed ones.
 fn tests(arguments: &str, lives: &str, tally: &mut Tally) -> Result<()> {
     let mut command = cargo();
     command.args(arguments.split(' ')).stdout(Stdio::piped()).env("CHAIN_LIVES", lives);

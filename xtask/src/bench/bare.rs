@@ -1,16 +1,20 @@
-//! What a careful person's script does by hand: prepared overlays, freeze, transaction, thaw. No guard, no names that
-//! change hands, nobody to thaw if the script dies.
+//! What a careful person's script does by hand: prepare, freeze, cut, thaw. No guard, no names that change hands, nobody
+//! to thaw if the script dies.
+
+mod cuts;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use freezeframe_e2e::{Guest, await_condition, run};
+use freezeframe_e2e::Guest;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use super::table::{DISK_MIB, Sample};
+use super::layer::Layers;
+use super::table::Sample;
+use cuts::Disk;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -19,23 +23,32 @@ pub struct Script<'a> {
     guest: &'a Guest,
     agent: BufReader<UnixStream>,
     directory: PathBuf,
+    layers: Layers,
+}
+
+/// Whether no disk before it has its layer.
+fn is_first(disks: &[Disk<'_>], index: usize) -> bool {
+    disks.iter().position(|disk| disk.layer == disks[index].layer) == Some(index)
 }
 
 impl<'a> Script<'a> {
-    /// Connects; overlays go to `directory`.
-    pub async fn new(guest: &'a Guest, directory: &Path) -> Result<Self> {
+    /// Connects; what QEMU writes goes to `directory`.
+    pub async fn new(guest: &'a Guest, directory: &Path, layers: Layers) -> Result<Self> {
         std::fs::create_dir_all(directory)?;
         let stream = UnixStream::connect(guest.config().socket_directory().join("qga.sock")).await?;
-        let mut script = Self { guest, agent: BufReader::new(stream), directory: directory.to_owned() };
+        let mut script = Self { guest, agent: BufReader::new(stream), directory: directory.to_owned(), layers };
         // Whoever was connected before may have left an answer behind.
         script.send("guest-sync", json!({"id": 7})).await?;
         while script.answer().await? != 7 {}
         Ok(script)
     }
 
-    /// Cuts once, then merges the overlays back.
+    /// Cuts once, then clears away what was made.
     pub async fn round(&mut self, flush: bool) -> Result<Sample> {
-        let disks = self.open_overlays().await?;
+        let disks = self.disks();
+        for disk in &disks {
+            disk.prepare().await?;
+        }
         let start = Instant::now();
         if flush {
             self.flush().await?;
@@ -44,61 +57,48 @@ impl<'a> Script<'a> {
         self.send("guest-fsfreeze-freeze", json!({})).await?;
         self.answer().await?;
         let frozen = Instant::now();
-        self.cut(&disks).await?;
+        let (pause, skew) = self.cut(&disks).await?;
         let thaw = Instant::now();
         self.send("guest-fsfreeze-thaw", json!({})).await?;
         self.answer().await?;
         self.guest.await_records(10, SOON).await?;
         let gap = self.guest.heartbeat_gap(start);
-        for disk in &disks {
-            self.merge(disk).await?;
+        for (index, disk) in disks.iter().enumerate() {
+            disk.clear(is_first(&disks, index)).await?;
         }
         let (freeze, hold) = (millis(frozen - asked), millis(thaw - frozen));
-        Ok(Sample { freeze, hold, skew: hold, pause: 0.0, gap: millis(gap), ready: None, writes: None })
+        let (pause, skew) = (millis(pause), millis(skew));
+        Ok(Sample { freeze, hold, skew, pause, gap: millis(gap), ready: None, writes: None })
     }
 
-    async fn open_overlays(&self) -> Result<Vec<&'static str>> {
-        let disks: Vec<_> = ["vda", "vdb", "vdc", "vdd"].into_iter().take(self.guest.config().disks.len()).collect();
-        for disk in &disks {
-            let path = self.overlay(disk);
-            let size = format!("{DISK_MIB}M");
-            run("qemu-img", ["create", "-q", "-f", "qcow2", &path.to_string_lossy(), &size])?;
-            let file = json!({"driver": "file", "filename": path});
-            let node = json!({"driver": "qcow2", "node-name": format!("bare-{disk}"), "file": file, "backing": null});
-            self.qmp("blockdev-add", node).await?;
-        }
-        Ok(disks)
-    }
-
-    async fn cut(&self, disks: &[&str]) -> Result<()> {
-        let action = |disk: &&str| {
-            let data = json!({"node": format!("fmt-{disk}"), "overlay": format!("bare-{disk}")});
-            json!({"type": "blockdev-snapshot", "data": data})
+    fn disks(&self) -> Vec<Disk<'a>> {
+        let images = (0..).zip(&self.guest.config().disks);
+        let disk = |(index, image): (u8, &freezeframe_e2e::Disk)| {
+            Disk::new(self.guest, self.layers.of(index.into()), index, &image.path, &self.directory)
         };
-        let actions: Vec<_> = disks.iter().map(action).collect();
-        self.qmp("transaction", json!({"actions": actions})).await.map(drop)
+        images.map(disk).collect()
     }
 
-    async fn merge(&self, disk: &str) -> Result<()> {
-        let (overlay, job) = (format!("bare-{disk}"), format!("merge-{disk}"));
-        let commit = json!({"job-id": job, "device": overlay, "base-node": format!("fmt-{disk}")});
-        self.qmp("block-commit", commit).await?;
-        await_condition("the merge to be ready", SOON, async || {
-            Ok((self.job_status(&job).await? == "ready").then_some(()))
-        })
-        .await?;
-        self.qmp("job-complete", json!({"id": job})).await?;
-        await_condition("the merge to end", SOON, async || Ok(self.job_status(&job).await?.is_empty().then_some(())))
-            .await?;
-        self.qmp("blockdev-del", json!({"node-name": overlay})).await?;
-        std::fs::remove_file(self.overlay(disk)).context("removing an overlay")
-    }
-
-    /// Empty when there is no such job.
-    async fn job_status(&self, id: &str) -> Result<String> {
-        let jobs = self.qmp("query-jobs", json!({})).await?;
-        let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == id));
-        Ok(job.and_then(|job| job["status"].as_str()).unwrap_or_default().to_owned())
+    /// Cuts, with the virtual CPUs stopped if that is not QEMU's alone; how long they were, and how long the cuts took.
+    async fn cut(&self, disks: &[Disk<'_>]) -> Result<(Duration, Duration)> {
+        let pauses = disks.iter().any(|disk| !disk.is_cut_by_qemu());
+        let stopped = Instant::now();
+        if pauses {
+            self.qmp("stop", json!({})).await?;
+        }
+        let began = Instant::now();
+        let actions: Vec<_> = disks.iter().filter_map(Disk::action).collect();
+        if !actions.is_empty() {
+            self.qmp("transaction", json!({"actions": actions})).await?;
+        }
+        for (index, disk) in disks.iter().enumerate() {
+            disk.cut(is_first(disks, index))?;
+        }
+        let skew = began.elapsed();
+        if pauses {
+            self.qmp("cont", json!({})).await?;
+        }
+        Ok((if pauses { stopped.elapsed() } else { Duration::ZERO }, skew))
     }
 
     async fn flush(&mut self) -> Result<()> {
@@ -111,10 +111,6 @@ impl<'a> Script<'a> {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-    }
-
-    fn overlay(&self, disk: &str) -> PathBuf {
-        self.directory.join(format!("{disk}.qcow2"))
     }
 
     async fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {

@@ -14,6 +14,8 @@ use super::cost;
 use super::table::Sample;
 use crate::watch::Watch;
 
+/// The class of the layers that are measured.
+pub const CLASS: &str = "bench";
 const SOON: Duration = Duration::from_secs(60);
 
 /// Waits until the agent has published the VM with its guest agent.
@@ -31,7 +33,7 @@ pub async fn round(world: &World, guest: &Guest, vm: &str, number: u32) -> Resul
     let name = format!("{vm}-{number}");
     let mut watch = Watch::start(world.snapshots(), &name).await?;
     let start = Instant::now();
-    world.apply_snapshot(&name, json!({"vmName": vm})).await?;
+    world.apply_snapshot(&name, json!({"vmName": vm, "className": CLASS})).await?;
     let (ready, snapshot) = watch.ready(SOON, |_, _| {}).await?;
     guest.await_records(10, SOON).await?;
     let gap = guest.heartbeat_gap(start);

@@ -4,6 +4,8 @@ use anyhow::Result;
 use freezeframe_e2e::WorldConfig;
 use serde::Serialize;
 
+use super::layer::Layers;
+
 /// Size of every disk.
 pub const DISK_MIB: u64 = 512;
 
@@ -14,7 +16,7 @@ pub struct Sample {
     pub freeze: f64,
     /// Freeze answered to thaw sent: the part of whoever cuts.
     pub hold: f64,
-    /// The transaction alone.
+    /// The cuts of all disks alone.
     pub skew: f64,
     /// How long the virtual CPUs were stopped.
     pub pause: f64,
@@ -29,6 +31,7 @@ pub struct Sample {
 /// All snapshots of one guest in one way.
 #[derive(Serialize)]
 pub struct Row {
+    layers: String,
     disks: usize,
     load: String,
     way: &'static str,
@@ -36,9 +39,9 @@ pub struct Row {
 }
 
 impl Row {
-    pub fn new(config: &WorldConfig, way: &'static str) -> Self {
+    pub fn new(config: &WorldConfig, layers: Layers, way: &'static str) -> Self {
         let load = format!("{:?}", config.load).to_lowercase();
-        Self { disks: config.disks.len(), load, way, samples: vec![] }
+        Self { layers: layers.name(), disks: config.disks.len(), load, way, samples: vec![] }
     }
 }
 
@@ -52,9 +55,10 @@ pub struct Results {
 
 type Column = (&'static str, fn(&Sample) -> Option<f64>);
 
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 7] = [
     ("freeze", |sample| Some(sample.freeze)),
     ("hold", |sample| Some(sample.hold)),
+    ("pause", |sample| Some(sample.pause)),
     ("cut", |sample| Some(sample.skew)),
     ("writer's gap", |sample| Some(sample.gap)),
     ("to Ready", |sample| sample.ready),
@@ -67,14 +71,21 @@ impl Results {
         let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
         println!("\nmin / median / max in ms; programs of the {profile} profile, guest by TCG\n");
         let names: Vec<_> = COLUMNS.iter().map(|(name, _)| format!("{name:>20}")).collect();
-        println!("| disks | load  | way          | {} |", names.join(" | "));
+        println!("| layers  | disks | load  | way          | {} |", names.join(" | "));
         println!(
-            "|------:|-------|--------------|{}",
+            "|---------|------:|-------|--------------|{}",
             "---------------------:|".repeat(COLUMNS.len()).replace("--|", "-|")
         );
         for row in &self.rows {
             let cells: Vec<_> = COLUMNS.iter().map(|(_, of)| format!("{:>20}", spread(&row.samples, *of))).collect();
-            println!("| {:>5} | {:5} | {:12} | {} |", row.disks, row.load, row.way, cells.join(" | "));
+            println!(
+                "| {:7} | {:>5} | {:5} | {:12} | {} |",
+                row.layers,
+                row.disks,
+                row.load,
+                row.way,
+                cells.join(" | ")
+            );
         }
         let resident: Vec<_> = self.resident.iter().map(|(name, mib)| format!("{name} {mib:.1} MiB")).collect();
         println!("\nresident memory at the end: {}\n", resident.join(", "));
