@@ -34,7 +34,7 @@ const fn layer(place: Place, format: Format, driver: &'static str) -> Layer {
 /// A world with its disks, and what its snapshots held when they were taken.
 struct Layers {
     world: World,
-    layers: Vec<Layer>,
+    disks: Vec<Layer>,
     load: Load,
     known: BTreeMap<String, Vec<u64>>,
     /// What is there when no snapshot is.
@@ -58,8 +58,8 @@ impl Layers {
             "copy" => json!({"name": "copy", "parameters": {"directory": copies}}),
             name => json!({"name": name}),
         };
-        world.apply_class("layers", &Value::from_iter(drivers.iter().map(driver)))?;
-        let mut this = Self { world, layers: layers.to_vec(), load, known: BTreeMap::new(), files: BTreeSet::new() };
+        world.apply_class("layers", &drivers.iter().map(driver).collect::<Value>())?;
+        let mut this = Self { world, disks: layers.to_vec(), load, known: BTreeMap::new(), files: BTreeSet::new() };
         this.files = this.found()?;
         Ok(this)
     }
@@ -69,7 +69,7 @@ impl Layers {
         let mut found = BTreeSet::new();
         list(&self.world.site.image_roots[0], &mut found)?;
         list(&self.world.copies()?, &mut found)?;
-        if self.layers.iter().any(|layer| layer.place == Place::Btrfs) {
+        if self.disks.iter().any(|layer| layer.place == Place::Btrfs) {
             let directory = self.world.image_directory_on(Place::Btrfs, VM);
             for deleted in [&["subvolume", "list"][..], &["subvolume", "list", "-d"]] {
                 let listed = run("btrfs", deleted.iter().map(Path::new).chain([directory.as_path()]))?;
@@ -96,19 +96,19 @@ impl Layers {
     fn ensure_proved(&self, taken: &VMSnapshot) -> Result<()> {
         ensure!(phase(taken) == Some(Phase::Ready), "not Ready: {:#?}", taken.status);
         let evidence = evidence(taken)?;
-        let frozen = i64::try_from(self.layers.len())?;
+        let frozen = i64::try_from(self.disks.len())?;
         ensure!(evidence.level == ConsistencyLevel::Filesystem, "{evidence:?}");
         ensure!(
             evidence.frozen_filesystems == Some(frozen) && evidence.thawed_filesystems == Some(frozen),
             "{evidence:?}"
         );
-        let outside_qemu = self.layers.iter().any(|layer| matches!(layer.driver, "reflink" | "btrfs"));
+        let outside_qemu = self.disks.iter().any(|layer| matches!(layer.driver, "reflink" | "btrfs"));
         // What is cut by QEMU and what is cut outside are together one instant only while nothing runs.
         ensure!(!outside_qemu || evidence.pause_millis > 0 && evidence.skew_micros > 0, "{evidence:?}");
         ensure!(outside_qemu || evidence.pause_millis == 0, "a cut by QEMU needs no pause: {evidence:?}");
         let disks = &taken.status.as_ref().context("a status")?.disks;
         let drivers = disks.iter().map(|disk| disk.driver.0.as_str());
-        ensure!(drivers.eq(self.layers.iter().map(|layer| layer.driver)), "taken by other drivers: {disks:?}");
+        ensure!(drivers.eq(self.disks.iter().map(|layer| layer.driver)), "taken by other drivers: {disks:?}");
         ensure!(disks.iter().all(|disk| disk.driver_reason.is_some()), "without a reason: {disks:?}");
         println!("{VM}: {evidence:?}");
         Ok(())
@@ -145,7 +145,7 @@ impl Layers {
         ensure!(self.known.is_empty(), "snapshots are left");
         ensure!(self.found()? == self.files, "left: {:?} beside {:?}", self.found()?, self.files);
         let stopped = self.world.guest.take().context("the guest")?.quiesce_and_quit().await?;
-        let disks = stopped.images().into_iter().zip(&self.layers);
+        let disks = stopped.images().into_iter().zip(&self.disks);
         let disks: Vec<_> = disks.map(|(path, layer)| Disk::existing(path, layer.format)).collect();
         witness::check(&disks)?.ensure_frozen()?;
         for disk in verify_by_booting(&disks, &self.world.directory().join("verify"))? {
