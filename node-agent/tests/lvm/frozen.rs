@@ -44,7 +44,7 @@ fn formatted(volume: &Lv) -> Disk {
 async fn take(world: &World) -> (Order, VMSnapshotContentStatus) {
     let mut number = 1;
     loop {
-        let mut order = world.order(number);
+        let mut order = World::order(number);
         order.required = ConsistencyLevel::Filesystem;
         order.freeze_timeout = Duration::from_secs(120);
         order.drivers.push(ClassDriver { name: DriverName("overlay".into()), parameters: [].into() });

@@ -83,7 +83,7 @@ async fn a_pool_that_is_nearly_full_is_refused_with_numbers() {
         &["if=/dev/urandom", &format!("of={}", filler.path()), "bs=1M", "count=7", "oflag=direct"].map(String::from),
     );
     let before = names();
-    let order = world.order(1);
+    let order = World::order(1);
     let status = world.advance(&order).await;
     assert_eq!(status.phase, Some(ContentPhase::Failed));
     let ready = find(&status.conditions, types::READY).unwrap();
@@ -98,7 +98,7 @@ async fn thick_snapshots_that_do_not_fit_together_are_refused_before_the_window(
     let world = World::new(&[thick("wide-a"), thick("wide-b")]).await;
     let before = names();
     let free: u64 = lvm(&format!("vgs --noheadings --units b --nosuffix -o vg_free {}", node::GROUP)).parse().unwrap();
-    let mut order = world.order(1);
+    let mut order = World::order(1);
     // Each alone would fit.
     order.drivers[0].parameters.insert("size".into(), (free / 3 * 2).to_string());
     let status = world.advance(&order).await;
@@ -151,7 +151,7 @@ async fn a_crash_after_any_step_leaves_nothing_once_it_is_taken_back() {
 async fn a_volume_that_has_the_snapshots_name_is_neither_taken_for_it_nor_touched() {
     let mut world = World::new(&[thin("taken-a")]).await;
     world.write().await;
-    let order = world.order(1);
+    let order = World::order(1);
     let name = format!("taken-a-vmsnap-{}", order.id());
     lvm(&format!("lvcreate -qq -y -L 4m -n {name} {}", node::GROUP));
     let before = names();

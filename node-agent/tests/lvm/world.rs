@@ -138,7 +138,7 @@ impl World {
     }
 
     /// An order for all disks with `lvm` alone.
-    pub fn order(&self, number: u32) -> Order {
+    pub fn order(number: u32) -> Order {
         let parameters = [("size".to_owned(), "100%ORIGIN".to_owned())].into();
         Order {
             content: format!("vmsnap-{number}"),
@@ -192,14 +192,14 @@ impl World {
         let found = disks(&vm, &self.sessions.roots).await.unwrap();
         let mut tasks = vec![];
         for (index, disk) in found.found.into_iter().enumerate() {
-            let mut all = self.order(1).drivers[0].parameters.clone();
+            let mut all = Self::order(1).drivers[0].parameters.clone();
             all.extend(parameters.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
             let mut task = DiskTask {
                 disk: disk.name,
                 driver: "lvm".into(),
                 reason: String::new(),
                 parameters: all,
-                id: self.order(number).id(),
+                id: Self::order(number).id(),
                 index,
                 node: disk.node,
                 format: disk.facts.format,

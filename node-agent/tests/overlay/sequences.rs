@@ -181,7 +181,7 @@ async fn live(seed: u64) {
     for number in 1..=STEPS {
         let step = next(&mut chance, &mut lab);
         println!("seed {seed}, step {number}: {step:?}");
-        step.happen(&mut lab).await;
+        Box::pin(step.happen(&mut lab)).await;
         lab.check().await;
     }
     if !lab.machine.is_running() {
@@ -207,7 +207,7 @@ fn seeds() -> Vec<u64> {
 async fn whatever_happens_in_whatever_order_every_disk_and_snapshot_reads_as_it_must() {
     for seed in seeds() {
         let started = Instant::now();
-        live(seed).await;
+        Box::pin(live(seed)).await;
         let took = started.elapsed();
         println!("seed {seed} took {took:?}");
         assert!(took < Duration::from_secs(600), "a life that doesn't end");
