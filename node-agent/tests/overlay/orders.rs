@@ -2,6 +2,7 @@
 
 use freezeframe_api::v1alpha1::{DeletionPolicy, DiskSnapshotState};
 
+use crate::machine::{make_image, view};
 use crate::shapes::{Shape, lab};
 
 fn orders(left: &[usize]) -> Vec<Vec<usize>> {
@@ -100,5 +101,29 @@ async fn what_a_retained_snapshot_needs_is_kept() {
         lab.check().await;
         lab.restart().await;
         lab.check().await;
+    }
+}
+
+/// The VM's owner has put another disk in its place; the old one, aside, still reads through the snapshot's file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_an_image_outside_the_vm_needs_is_not_unlinked() {
+    for running in [true, false] {
+        let mut lab = lab(Shape::Blockdev, 1).await;
+        let taken = lab.take().await;
+        let (order, file) = (lab.snapshots[&taken].order.clone(), lab.handles(taken).remove(0));
+        let (image, aside) = (lab.disks[0].image.clone(), lab.images().join("aside.qcow2"));
+        lab.machine.kill();
+        std::fs::rename(&image, &aside).unwrap();
+        make_image(&image, None);
+        if running {
+            lab.machine.start().await;
+        }
+        let deletion = lab.sessions.delete(&order).await.unwrap();
+        assert!(!deletion.over, "running {running}: {:?}", deletion.status.conditions);
+        assert!(deletion.status.conditions.iter().any(|condition| condition.message.contains("aside.qcow2")));
+        assert_eq!(view(&aside), lab.disks[0].now);
+        std::fs::remove_file(&aside).unwrap();
+        lab.delete_order(&order).await;
+        assert!(!file.exists());
     }
 }
