@@ -28,6 +28,7 @@ mod measured;
 pub mod order;
 pub mod outcome;
 mod removal;
+mod space;
 mod still_cut;
 pub mod window;
 mod window_error;
@@ -148,6 +149,7 @@ impl Sessions {
         for task in &mut record.tasks {
             self.driver(task)?.plan(task, &accepted.graph, &self.roots)?;
         }
+        space::check(record, &self.drivers)?;
         self.journal.save(record)?;
         crash::point("planned");
         for at in 0..record.tasks.len() {
