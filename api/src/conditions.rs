@@ -61,7 +61,7 @@ pub mod reasons {
     pub const DISK_NOT_SUPPORTED: &str = "DiskNotSupported";
     /// Nothing is left to be taken.
     pub const NO_DISKS: &str = "NoDisks";
-    /// Not enough free space, or a target couldn't be made.
+    /// Not enough free space: for a snapshot, or, on a target, for what the VM writes, so that QEMU stopped it.
     pub const NO_SPACE: &str = "NoSpace";
     /// More is in use than the class finds good.
     pub const SPACE_LOW: &str = "SpaceLow";

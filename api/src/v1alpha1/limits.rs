@@ -20,4 +20,10 @@ pub struct Limits {
     #[x_kube(validation = Rule::new("duration(self) >= duration('1ms') && duration(self) <= duration('60s')")
         .message("maxMergeLatency must be between 1ms and 60s"))]
     pub max_merge_latency: Option<Duration>,
+    /// What must be left free, beyond what a snapshot takes at once, on each file system that it makes fill: `5%` of its
+    /// size or bytes such as `10Gi`. A snapshot that would leave less is refused, with reason `NoSpace` and the numbers.
+    /// Set by the administrator; nothing when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), regex(pattern = r"^([1-9][0-9]?%|[1-9][0-9]*(Mi|Gi|Ti))$"))]
+    pub min_free: Option<String>,
 }

@@ -124,7 +124,8 @@ pub struct VMTargetStatus {
     /// What to know about the VM's state. Absent when there is nothing to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// `Ready` (a snapshot can be taken) and `AgentConnected`.
+    /// `Ready` (a snapshot can be taken; False by reason `NoSpace` if QEMU stopped the VM for it), `AgentConnected`, and
+    /// `SpaceLow` once a file system of its disks was nearly full.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

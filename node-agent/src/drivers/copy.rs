@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::jobs::{self, Wanted};
-use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Removal, Result, SnapshotDriver, Verdict};
+use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Need, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots, trusted_directory};
 use parameters::{Format, Parameters};
@@ -159,6 +159,11 @@ impl SnapshotDriver for Copy {
             directory.unlink(&state.file)?;
         }
         Ok(Removal::Done)
+    }
+
+    fn needs(&self, task: &DiskTask) -> Option<Need> {
+        let state: State = task.state().ok()?;
+        Some(Need { bytes: target::needed(state.format, task.size), directory: state.root })
     }
 
     fn is_instant(&self) -> bool {

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
 
 use super::{
-    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Removal, Result, SnapshotDriver, Verdict,
+    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Removal, Result, SnapshotDriver, Verdict,
 };
 use crate::hypervisor::Vm;
 use crate::hypervisor::device::{self, BlockDevice, LogicalVolume};
@@ -127,6 +127,10 @@ impl SnapshotDriver for Lvm {
         device::number_of(&handle).map_err(DriverError::Verify)?;
         task.artifact = Some(Artifact { handle, format: task.format.clone() });
         Ok(())
+    }
+
+    fn needs(&self, _: &DiskTask) -> Option<Need> {
+        None
     }
 
     async fn fill(&self, task: &DiskTask) -> Result<Option<Fill>> {

@@ -199,6 +199,15 @@ impl std::fmt::Debug for HostCut {
     }
 }
 
+/// Space that one disk's snapshot takes at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// A directory on the file system.
+    pub directory: PathBuf,
+    /// How much, in bytes.
+    pub bytes: u64,
+}
+
 /// How full the space of a snapshot is that can overflow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fill {
@@ -327,6 +336,12 @@ pub trait SnapshotDriver: Send + Sync {
     /// How far the data is that is copied in the background, in percent; none where nothing is.
     async fn progress(&self, _vm: &Vm, _task: &DiskTask) -> Result<Option<u8>> {
         Ok(None)
+    }
+
+    /// What is taken at once of a file system, and which one it is that then fills as the guest writes; none if no file
+    /// system does.
+    fn needs(&self, task: &DiskTask) -> Option<Need> {
+        Some(Need { directory: task.path.as_ref()?.parent()?.to_owned(), bytes: 0 })
     }
 
     /// How full the space of a complete snapshot is, where it can overflow.

@@ -29,7 +29,7 @@ use freezeframe_guard::Exchange;
 use freezeframe_qemu::BlockGraph;
 use serde_json::{Value, json};
 
-use super::{Cut, DiskFacts, DiskTask, Env, Removal, Result, SnapshotDriver, Verdict};
+use super::{Cut, DiskFacts, DiskTask, Env, Need, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 pub(crate) use prepare::dependents;
@@ -104,6 +104,10 @@ impl SnapshotDriver for Overlay {
     fn place(&self, task: &DiskTask) -> Option<PathBuf> {
         let state: State = task.state().ok()?;
         Some(state.directory.join(state.layer))
+    }
+
+    fn needs(&self, task: &DiskTask) -> Option<Need> {
+        Some(Need { directory: task.path.as_ref()?.parent()?.to_owned(), bytes: prepare::LAYER_METADATA })
     }
 
     fn is_half_removed(&self, task: &DiskTask) -> bool {

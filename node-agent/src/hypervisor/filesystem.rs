@@ -44,3 +44,31 @@ fn subvolume_of(file: &Path) -> Option<PathBuf> {
     let is_root = |directory: &&Path| std::fs::symlink_metadata(directory).is_ok_and(|m| m.ino() == SUBVOLUME_INODE);
     file.ancestors().skip(1).find(is_root).map(Path::to_owned)
 }
+
+/// Space on a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// The file system.
+    pub device: u64,
+    /// Bytes that are free for us.
+    pub free: u64,
+    /// Its size, in bytes.
+    pub total: u64,
+}
+
+impl Room {
+    /// Looks at the file system of a directory; none if it can't be examined.
+    #[must_use]
+    pub fn of(directory: &Path) -> Option<Self> {
+        let device = std::fs::metadata(directory).ok()?.dev();
+        let found = rustix::fs::statvfs(directory).ok()?;
+        let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+        Some(Self { device, free: bytes(found.f_bavail), total: bytes(found.f_blocks) })
+    }
+
+    /// Free space in whole percents of the size.
+    #[must_use]
+    pub fn free_percent(&self) -> u64 {
+        u64::try_from(u128::from(self.free) * 100 / u128::from(self.total.max(1))).unwrap_or(100)
+    }
+}

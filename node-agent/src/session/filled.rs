@@ -112,6 +112,7 @@ mod tests {
         find(conditions, type_).map(|found| (found.status.clone(), found.reason.clone()))
     }
 
+    #[allow(clippy::unnecessary_wraps, reason = "it is compared with what `said_of` returns")]
     fn pair(status: &str, reason: &str) -> Option<(String, String)> {
         Some((status.into(), reason.into()))
     }
@@ -133,9 +134,9 @@ mod tests {
         let record = then(complete(), 100.0);
         assert_eq!(said_of(&record, types::READY), pair("False", reasons::SNAPSHOT_OVERFLOWED));
         let status = record.status.as_ref().unwrap();
-        let states: Vec<_> = status.disks.iter().map(|disk| disk.state).collect();
+        let of_disks: Vec<_> = status.disks.iter().map(|disk| disk.state).collect();
         assert_eq!(
-            (status.phase, states),
+            (status.phase, of_disks),
             (Some(ContentPhase::Failed), vec![DiskSnapshotState::Ready, DiskSnapshotState::Failed])
         );
         assert!(find(&status.conditions, types::READY).unwrap().message.contains("vdb"));

@@ -24,8 +24,11 @@ mod tests {
 
     #[test]
     fn limits_are_read_and_their_absence_is_no_limit() {
-        let limits =
-            Limits { merge_speed: Some("50Mi".into()), max_merge_latency: Some(Duration::from_millis(20).into()) };
+        let limits = Limits {
+            merge_speed: Some("50Mi".into()),
+            max_merge_latency: Some(Duration::from_millis(20).into()),
+            ..Limits::default()
+        };
         let read = pace(&limits, &Waiting::default());
         assert_eq!((read.speed, read.max_latency), (50 << 20, Some(Duration::from_millis(20))));
         let none = pace(&Limits::default(), &Waiting::default());

@@ -28,6 +28,7 @@ mod measured;
 pub mod order;
 pub mod outcome;
 mod removal;
+mod space;
 mod still_cut;
 pub mod window;
 mod window_error;
@@ -100,6 +101,11 @@ impl Sessions {
 
     /// Takes a snapshot, or goes on with one that was interrupted, until there is something to report.
     pub async fn advance(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
+        // On the heap: it is large, and whoever waits for it needn't be.
+        Box::pin(self.go_on(order, progress)).await
+    }
+
+    async fn go_on(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
         let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress).await };
         match record.stage {
             Stage::Cut => self.complete(&mut record, progress).await,
@@ -148,6 +154,7 @@ impl Sessions {
         for task in &mut record.tasks {
             self.driver(task)?.plan(task, &accepted.graph, &self.roots)?;
         }
+        space::check(record, &self.drivers)?;
         self.journal.save(record)?;
         crash::point("planned");
         for at in 0..record.tasks.len() {

@@ -103,7 +103,7 @@ impl Sessions {
             record.removing = true;
             self.journal.save(&record)?;
         }
-        match self.remove_artifacts(&mut record, waiting).await {
+        match Box::pin(self.remove_artifacts(&mut record, waiting)).await {
             Ok(removed) => {
                 record.stage = if removed.kept.is_empty() { Stage::Removed } else { Stage::Retained };
                 self.journal.save(&record)?;

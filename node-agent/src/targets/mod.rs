@@ -3,6 +3,7 @@
 mod host;
 mod probe;
 mod publish;
+mod space;
 mod stopped;
 
 use std::collections::HashMap;
@@ -19,8 +20,9 @@ use crate::locks::VmLocks;
 use crate::metrics::Metrics;
 use crate::session::Sessions;
 use crate::session::outcome::chain;
+pub use probe::probe;
 use publish::Publisher;
-use stopped::Files;
+pub use stopped::Files;
 
 /// How often the VMs' directories are looked at.
 const SCAN: Duration = Duration::from_secs(1);
@@ -112,7 +114,7 @@ impl Targets {
         before: Option<&VMTargetStatus>,
     ) -> Option<(VmKey, VMTargetStatus)> {
         let _turn = self.locks.try_turn(vm)?;
-        let status = probe::probe(&self.sessions, vm, &self.node, files, before).await;
+        let status = probe(&self.sessions, vm, &self.node, files, before).await;
         let news = before != Some(&status) && publisher.publish(vm, &status).await;
         if news || before == Some(&status) {
             publisher.label(vm, stopped::labels(&self.sessions, vm)).await;

@@ -7,6 +7,7 @@ use freezeframe_api::names::{DiskName, DriverName, NodeName};
 use freezeframe_api::v1alpha1::{AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
+use super::space;
 use super::stopped::Files;
 use crate::drivers::{Drivers, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
@@ -28,8 +29,9 @@ pub async fn probe(
     let mut status = before.cloned().unwrap_or_default();
     status.node_name = NodeName(node.to_owned());
     status.message = None;
+    let mut exhausted = vec![];
     match Vm::open(&sessions.vm_root, vm).await {
-        Ok(mut opened) => look(&mut opened, sessions, &mut status).await,
+        Ok(mut opened) => exhausted = look(&mut opened, sessions, &mut status).await,
         Err(OpenError::NotRunning(_)) => {
             files.look(sessions, vm, &mut status).await;
             status.guest_agent.state = AgentState::Absent;
@@ -39,11 +41,18 @@ pub async fn probe(
             status.message = Some(chain(&error));
         }
     }
-    conditions(&mut status);
+    if status.run_state == RunState::Paused && !exhausted.is_empty() {
+        let disks = exhausted.join(", ");
+        status.message =
+            Some(format!("QEMU stopped the VM: there is no space left for what it writes to disk {disks}"));
+    }
+    conditions(&mut status, !exhausted.is_empty());
     status
 }
 
-async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) {
+/// Looks at a running VM; returns the disks that QEMU has no space left for.
+async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) -> Vec<String> {
+    let mut exhausted = vec![];
     status.qemu_version = Some(vm.qmp().version().to_owned());
     match vm.run_state().await {
         Ok(state) if state.running => status.run_state = RunState::Running,
@@ -57,10 +66,15 @@ async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) {
         }
     }
     match disks(vm, &sessions.roots).await {
-        Ok(found) => status.disks = found.found.iter().map(|disk| target_disk(disk, &sessions.drivers)).collect(),
+        Ok(found) => {
+            status.disks = found.found.iter().map(|disk| target_disk(disk, &sessions.drivers)).collect();
+            space::report(status, &space::low(&found.found));
+            exhausted = space::exhausted(&found.graph);
+        }
         Err(error) => status.message = Some(format!("the disks can't be read: {}", chain(&error))),
     }
     status.guest_agent = guest_agent(vm, &status.guest_agent).await;
+    exhausted
 }
 
 async fn guest_agent(vm: &mut Vm, before: &GuestAgentStatus) -> GuestAgentStatus {
@@ -98,11 +112,12 @@ pub fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
     }
 }
 
-fn conditions(status: &mut VMTargetStatus) {
+fn conditions(status: &mut VMTargetStatus, exhausted: bool) {
     let now = Timestamp::now();
     let running = status.run_state == RunState::Running;
     let (reason, message) = match status.run_state {
         RunState::Running => (reasons::COMPLETED, String::new()),
+        RunState::Paused if exhausted => (reasons::NO_SPACE, status.message.clone().unwrap_or_default()),
         RunState::Paused => (reasons::VM_PAUSED, status.message.clone().unwrap_or_default()),
         RunState::Stopped => (reasons::VM_NOT_RUNNING, "no QEMU process answers".into()),
         RunState::Unknown => (reasons::VM_BUSY, status.message.clone().unwrap_or_default()),

@@ -33,6 +33,7 @@ mod machine;
 mod merges;
 mod shapes;
 mod snapshots;
+mod space;
 mod steps;
 mod stopped;
 mod storage;

@@ -27,7 +27,7 @@ async fn a_merge_rests_while_the_guests_writes_are_slow_and_goes_on_when_they_ar
     let mut order = world.order("overlay", 1);
     // No write is so quick, and no merge so slow that it couldn't keep up with the guest.
     let max_merge_latency = Some(Duration::from_nanos(1).into());
-    order.limits = Limits { merge_speed: Some((1 << 20).to_string()), max_merge_latency };
+    order.limits = Limits { merge_speed: Some((1 << 20).to_string()), max_merge_latency, ..Limits::default() };
     world.snapshot(&order).await;
     for block in 0..64 {
         world.machine().io("vd0", &format!("write -P 9 {} 65536", (16 + block) << 16)).await;

@@ -45,7 +45,7 @@ pub async fn make(task: &DiskTask, state: &mut State) -> Result<()> {
 }
 
 /// Bytes that a copy may take at the most.
-fn needed(format: Format, size: u64) -> u64 {
+pub fn needed(format: Format, size: u64) -> u64 {
     match format {
         Format::Qcow2 => size + (size / METADATA_SHARE).max(LEAST_METADATA),
         Format::Raw => size,

@@ -13,7 +13,7 @@ use crate::hypervisor::qcow2::{Header, read_header};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// Bytes that a new layer may need before its first cluster of data.
-const LAYER_METADATA: u64 = 4 << 20;
+pub const LAYER_METADATA: u64 = 4 << 20;
 
 /// Makes the new layer's file, unless it is there.
 pub async fn make_layer(roots: &ImageRoots, task: &DiskTask, state: &mut State) -> Result<()> {
