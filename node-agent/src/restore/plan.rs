@@ -100,7 +100,7 @@ struct Facts {
     has_backing: bool,
     /// Whether a file beside the disk can share the image's blocks.
     shares: bool,
-    /// Whether a header can name the image.
+    /// Whether another image may name this one in its header.
     nameable: bool,
 }
 
@@ -109,8 +109,10 @@ fn facts(restores: &Restores, artifact: &Artifact, beside: &Path) -> Result<Fact
     let has_backing = has_backing(roots, &artifact.handle, &artifact.format)?;
     let (directory, _) = roots.directory_of(beside).map_err(|error| failed(&error))?;
     let shares = place(roots, &artifact.handle).is_ok_and(|(from, _)| can_share(&artifact.handle, &from, &directory));
-    // QEMU takes what is before a colon for a protocol.
-    let nameable = artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
+    // QEMU takes what is before a colon for a protocol. And a disk whose chain leaves the image roots can't be worked on
+    // any more.
+    let beneath = roots.directory_of(&artifact.handle).is_ok();
+    let nameable = beneath && artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
     Ok(Facts { has_backing, shares, nameable })
 }
 

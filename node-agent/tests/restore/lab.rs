@@ -9,6 +9,7 @@ use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
 use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::target_file::{self, KnownDisk, TargetFile};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
@@ -83,6 +84,14 @@ impl Lab {
     pub fn with(world: World) -> Self {
         let restores = restores(&world.sessions, &Self::journal(&world));
         Self { world, restores, restored: 0 }
+    }
+
+    /// The same where the class's directory for copies is beneath an image root too, so that images may link to them.
+    pub async fn with_copies_in_reach(case: Case) -> Self {
+        let mut world = World::of(case).await;
+        let roots = [world.storage.root(), world.sessions.vm_root.clone(), world.copies.path().to_owned()];
+        world.sessions.roots = ImageRoots::new(roots.into());
+        Self::with(world)
     }
 
     /// Beside the VMs' root.
