@@ -33,7 +33,7 @@ pub struct FillWatch {
 impl FillWatch {
     /// Looks until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        stop.run_until_cancelled(self.look_for_ever()).await;
+        stop.run_until_cancelled(Box::pin(self.look_for_ever())).await;
     }
 
     async fn look_for_ever(&self) {

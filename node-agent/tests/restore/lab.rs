@@ -37,8 +37,8 @@ pub const CASES: &[Case] = &[
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "qcow2" },
 ];
 
-/// Long enough for a BIOS to look at its disks.
-const BOOT: Duration = Duration::from_secs(15);
+/// Where nothing boots, all of it is waited.
+const BOOT: Duration = Duration::from_secs(10);
 
 pub struct Lab {
     pub world: World,
@@ -78,7 +78,7 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
 
 impl Lab {
     pub async fn of(case: Case) -> Self {
-        Self::with(World::of(case).await)
+        Self::with(Box::pin(World::of(case)).await)
     }
 
     pub fn with(world: World) -> Self {
@@ -161,7 +161,7 @@ impl Lab {
     /// Takes a snapshot of what the guest has now, and lets it write on.
     pub async fn snapshot(&mut self, driver: &str, number: u32) -> (Order, Vec<Content>) {
         let order = self.world.order(driver, number);
-        let taken = self.world.snapshot(&order).await;
+        let taken = Box::pin(self.world.snapshot(&order)).await;
         (order, taken)
     }
 
