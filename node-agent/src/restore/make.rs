@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::record::{DiskRestore, Method};
 use super::source::{failed, has_backing, place};
-use super::{Restores, tool};
+use super::{Restores, tool, volumes};
 use crate::drivers::qemu_img;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
 use crate::hypervisor::qcow2::read_header;
@@ -24,6 +24,9 @@ pub async fn make(
     id: &str,
     told: &(dyn Fn(i32) + Send + Sync),
 ) -> Result<FileId, Failure> {
+    if disk.method == Method::Volume {
+        return volumes::make(disk, id).await;
+    }
     let roots = &restores.sessions.roots;
     let unfinished = disk.unfinished(id);
     let (directory, name) = roots.directory_of(&unfinished).map_err(|error| failed(&error))?;
@@ -37,7 +40,7 @@ pub async fn make(
     match disk.method {
         Method::Clone => clone(restores, disk, directory, name.clone()).await?,
         Method::Link => link(disk, &directory, &unfinished).await?,
-        Method::Copy => copy(disk, &directory, &unfinished, told).await?,
+        Method::Copy | Method::Volume => copy(disk, &directory, &unfinished, told).await?,
     }
     let (directory, _) = roots.directory_of(&unfinished).map_err(|error| failed(&error))?;
     finish(restores, disk, &directory, &name)

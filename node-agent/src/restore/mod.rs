@@ -28,6 +28,7 @@ mod source;
 mod stop;
 mod switch;
 mod tool;
+mod volumes;
 
 use std::sync::Arc;
 
@@ -80,7 +81,7 @@ impl Restores {
         match record.stage {
             Stage::Open => self.work(&mut record, progress, told).await,
             Stage::Switching => self.switch_again(&mut record).await,
-            Stage::Failed => self.take_back(&mut record),
+            Stage::Failed => self.take_back(&mut record).await,
             Stage::Done | Stage::TakenBack => Ok(Turn::Over(Box::new(record.status.unwrap_or_default()))),
         }
     }
@@ -135,7 +136,7 @@ impl Restores {
         };
         match made {
             Ok(()) => self.switch(record).await,
-            Err(failure) => self.fail(record, &failure),
+            Err(failure) => self.fail(record, &failure).await,
         }
     }
 
@@ -167,7 +168,7 @@ impl Restores {
     /// a guest without an agent, or with a data disk alone, is restored as well.
     async fn try_to_boot(&self, record: &RestoreRecord) -> Result<BootCheck, Failure> {
         let id = record.order.id();
-        let image = |disk: &DiskRestore| BootDisk { path: disk.unfinished(&id), format: disk.format.clone() };
+        let image = |disk: &DiskRestore| BootDisk { path: disk.while_restored(&id), format: disk.format.clone() };
         let images: Vec<_> = record.disks.iter().map(image).collect();
         let with = new_vm::boot_with(self, &record.order.vm).unwrap_or_default();
         let tried = self.boots.check(&images, &with, &self.sessions.roots).await;
@@ -193,14 +194,14 @@ impl Restores {
         let held = match record.order.new_vm {
             None => match switch::make_ready(self, record).await {
                 Ok(held) => held,
-                Err(failure) => return self.fail(record, &failure),
+                Err(failure) => return self.fail(record, &failure).await,
             },
             Some(_) => vec![],
         };
         record.stage = Stage::Switching;
         self.journal.save(record)?;
         crash::point("restore-switching");
-        let turn = self.finish(record);
+        let turn = self.finish(record).await;
         // Not before: no QEMU opens an old image while names change hands.
         drop(held);
         turn
@@ -209,13 +210,13 @@ impl Restores {
     /// A crash came in between. Where no name has changed hands the VM may have run since.
     async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         match switch::has_begun(self, record) {
-            Ok(true) => self.finish(record),
+            Ok(true) => self.finish(record).await,
             Ok(false) => self.switch(record).await,
             Err(error) => Ok(Turn::Again(Box::new(outcome::stuck(record, &chain(&error))))),
         }
     }
 
-    fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+    async fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         let named = switch::give_names(self, record).map_err(|error| source::failed(&error));
         let published = named.and_then(|()| match record.order.new_vm.clone() {
             Some(vm) => new_vm::publish(self, record, &vm),
@@ -223,7 +224,7 @@ impl Restores {
         });
         match published {
             Ok(()) => self.done(record),
-            Err(failure) if record.order.new_vm.is_some() => self.fail(record, &failure),
+            Err(failure) if record.order.new_vm.is_some() => self.fail(record, &failure).await,
             Err(failure) => {
                 tracing::error!(message = failure.message, "a restore can't be finished yet");
                 Ok(Turn::Again(Box::new(outcome::stuck(record, &failure.message))))
@@ -241,12 +242,12 @@ impl Restores {
         Ok(Turn::Over(Box::new(status)))
     }
 
-    fn fail(&self, record: &mut RestoreRecord, failure: &Failure) -> Result<Turn, JournalError> {
+    async fn fail(&self, record: &mut RestoreRecord, failure: &Failure) -> Result<Turn, JournalError> {
         tracing::warn!(reason = failure.reason, message = failure.message, "the restore failed");
         record.stage = Stage::Failed;
         record.status = Some(outcome::failed(&record.order, &record.disks, failure));
         self.journal.save(record)?;
         crash::point("restore-failed");
-        self.take_back(record)
+        self.take_back(record).await
     }
 }

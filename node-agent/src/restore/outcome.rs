@@ -141,6 +141,7 @@ fn row(order: &RestoreOrder, disk: &DiskRestore, state: RestoredDiskState) -> Re
         Method::Clone => "clone of the snapshot's image: shares its blocks, depends on nothing",
         Method::Link => "qcow2 layer on top of the snapshot's image",
         Method::Copy => "full copy",
+        Method::Volume => "thin volume: shares the snapshot's blocks, depends on nothing",
     };
     let message = match (&order.new_vm, disk.method) {
         (None, _) => Some("the present image is kept as a snapshot, and then replaced".to_owned()),

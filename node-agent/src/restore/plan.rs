@@ -9,7 +9,7 @@ use freezeframe_api::v1alpha1::RestoreMode;
 use super::order::RestoreOrder;
 use super::record::{DiskRestore, Method};
 use super::source::{failed, has_backing, place, select, snapshot};
-use super::{Restores, tool};
+use super::{Restores, tool, volumes};
 use crate::drivers::overlay::dependents;
 use crate::drivers::{Artifact, DiskTask};
 use crate::hypervisor::VmKey;
@@ -50,6 +50,9 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
     let roots = &restores.sessions.roots;
     let unfinished = || Failure::refused(reasons::SNAPSHOT_NOT_READY, format!("disk {} isn't complete", task.disk));
     let artifact = task.artifact.as_ref().ok_or_else(unfinished)?;
+    if artifact.handle.starts_with("/dev") {
+        return volumes::plan(order, task, artifact).await;
+    }
     let like = task.path.clone().ok_or_else(|| not_a_file(task))?;
     let facts = facts(restores, artifact, &like)?;
     let (method, format) = match &order.new_vm {
@@ -65,7 +68,9 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
     let needed = match method {
         Method::Clone => FILE_METADATA,
         Method::Link => LAYER_METADATA,
-        Method::Copy => tool::measure(&artifact.handle, &artifact.format).await.map_err(|error| failed(&error))?,
+        Method::Copy | Method::Volume => {
+            tool::measure(&artifact.handle, &artifact.format).await.map_err(|error| failed(&error))?
+        }
     };
     Ok(DiskRestore {
         disk: task.disk.clone(),
@@ -95,7 +100,7 @@ struct Facts {
     has_backing: bool,
     /// Whether a file beside the disk can share the image's blocks.
     shares: bool,
-    /// Whether a header can name the image.
+    /// Whether another image may name this one in its header.
     nameable: bool,
 }
 
@@ -103,10 +108,11 @@ fn facts(restores: &Restores, artifact: &Artifact, beside: &Path) -> Result<Fact
     let roots = &restores.sessions.roots;
     let has_backing = has_backing(roots, &artifact.handle, &artifact.format)?;
     let (directory, _) = roots.directory_of(beside).map_err(|error| failed(&error))?;
-    let shares = !artifact.handle.starts_with("/dev")
-        && place(roots, &artifact.handle).is_ok_and(|(from, _)| can_share(&artifact.handle, &from, &directory));
-    // QEMU takes what is before a colon for a protocol.
-    let nameable = artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
+    let shares = place(roots, &artifact.handle).is_ok_and(|(from, _)| can_share(&artifact.handle, &from, &directory));
+    // QEMU takes what is before a colon for a protocol. And a disk whose chain leaves the image roots can't be worked on
+    // any more.
+    let beneath = roots.directory_of(&artifact.handle).is_ok();
+    let nameable = beneath && artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
     Ok(Facts { has_backing, shares, nameable })
 }
 
@@ -150,7 +156,7 @@ fn check_target(dir: &ImageDirectory, name: &str, task: &DiskTask, order: &Resto
 /// Whether each file system has the space for all that is made there.
 pub fn check_space(restores: &Restores, disks: &[DiskRestore]) -> Result<(), Failure> {
     let mut by_device: BTreeMap<u64, (PathBuf, u64, u64)> = BTreeMap::new();
-    for disk in disks.iter().filter(|disk| disk.made.is_none()) {
+    for disk in disks.iter().filter(|disk| disk.made.is_none() && disk.method != Method::Volume) {
         let (directory, _) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
         let device = rustix::fs::fstat(&directory).map_err(|error| failed(&error))?.st_dev;
         let free = directory.free_bytes().map_err(|error| failed(&error))?;

@@ -33,6 +33,8 @@ pub enum Method {
     Link,
     /// A full copy.
     Copy,
+    /// A thin volume of its own that shares the snapshot's blocks until either is written.
+    Volume,
 }
 
 /// One disk of a restore.
@@ -69,6 +71,12 @@ impl DiskRestore {
     #[must_use]
     pub fn unfinished(&self, id: &str) -> PathBuf {
         appended(&self.path, &format!(".vmrestore-{id}"))
+    }
+
+    /// Where the new image is before the names change hands.
+    #[must_use]
+    pub fn while_restored(&self, id: &str) -> PathBuf {
+        if self.method == Method::Volume { self.path.clone() } else { self.unfinished(id) }
     }
 
     /// Name of the replaced image while several disks change hands.

@@ -3,8 +3,8 @@
 use freezeframe_api::v1alpha1::VMRestoreContentStatus;
 
 use super::order::RestoreOrder;
-use super::record::{RestoreRecord, Stage};
-use super::{Restores, Turn, new_vm, outcome, switch};
+use super::record::{Method, RestoreRecord, Stage};
+use super::{Restores, Turn, new_vm, outcome, switch, volumes};
 use crate::session::journal::JournalError;
 use crate::session::outcome::{Failure, chain};
 
@@ -18,11 +18,16 @@ pub struct Deletion {
 
 impl Restores {
     /// Removes what a failed restore made; what can't be removed yet is tried again at the next call.
-    pub(super) fn take_back(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+    pub(super) async fn take_back(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         let status = Box::new(record.status.clone().unwrap_or_default());
         let new_vm = new_vm::take_back(self, record).map_err(|error| chain(&error));
         let images = switch::take_back(self, record).map_err(|error| chain(&error));
-        if let Err(why) = new_vm.and(images) {
+        let mut volumes = Ok(());
+        for disk in record.disks.iter().filter(|disk| disk.method == Method::Volume) {
+            let removed = volumes::take_back(disk, &record.order.id()).await;
+            volumes = volumes.and(removed.map_err(|error| chain(&error)));
+        }
+        if let Err(why) = new_vm.and(images).and(volumes) {
             tracing::warn!(why, "a failed restore can't be taken back yet");
             return Ok(Turn::Again(status));
         }
@@ -41,9 +46,9 @@ impl Restores {
         let over = |before: Option<&_>| Deletion { status: outcome::removed(order, before, None), over: true };
         let Some(mut record) = self.journal.load(&order.uid)? else { return Ok(over(before)) };
         let turn = match record.stage {
-            Stage::Open => self.fail(&mut record, &Failure::cancelled())?,
+            Stage::Open => self.fail(&mut record, &Failure::cancelled()).await?,
             Stage::Switching => self.end_switching(&mut record).await?,
-            Stage::Failed => self.take_back(&mut record)?,
+            Stage::Failed => self.take_back(&mut record).await?,
             Stage::Done | Stage::TakenBack => return Ok(over(record.status.as_ref().or(before))),
         };
         Ok(match turn {
@@ -57,7 +62,7 @@ impl Restores {
 
     async fn end_switching(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         let begun = switch::has_begun(self, record).unwrap_or(true) || new_vm::is_published(self, record);
-        if begun { self.switch_again(record).await } else { self.fail(record, &Failure::cancelled()) }
+        if begun { self.switch_again(record).await } else { self.fail(record, &Failure::cancelled()).await }
     }
 
     /// Forgets a record of which neither an object nor anything unfinished is left.

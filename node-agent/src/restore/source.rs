@@ -12,7 +12,6 @@ use rustix::fs::OFlags;
 use super::Restores;
 use super::order::RestoreOrder;
 use crate::drivers::DiskTask;
-use crate::hypervisor::device::number_of;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
 use crate::hypervisor::qcow2::{HeaderError, has_external_data, read_header};
 use crate::session::journal::{JournalError, SessionRecord, Stage};
@@ -78,10 +77,6 @@ pub fn place(roots: &ImageRoots, image: &Path) -> Result<(ImageDirectory, String
 
 /// Whether an image of a snapshot has a backing file; it fails unless all that it consists of is where it may be.
 pub fn has_backing(roots: &ImageRoots, image: &Path, format: &str) -> Result<bool, Failure> {
-    if image.starts_with("/dev") {
-        // The driver takes no volume whose image has a backing file.
-        return number_of(image).map(|_| false).map_err(|why| Failure::new(reasons::RESTORE_FAILED, why));
-    }
     let (directory, name) = place(roots, image).map_err(|error| failed(&error))?;
     if format != "qcow2" {
         let found = directory.id(&name).map_err(|error| failed(&error))?;

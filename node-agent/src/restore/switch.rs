@@ -10,7 +10,7 @@ use freezeframe_api::conditions::reasons;
 use k8s_openapi::jiff::Timestamp;
 
 use super::Restores;
-use super::record::{DiskRestore, RestoreRecord};
+use super::record::{DiskRestore, Method, RestoreRecord};
 use super::source::failed;
 use super::stop::{hold_images, not_running};
 use crate::crash;
@@ -52,7 +52,9 @@ impl Names {
 
 fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
     let id = record.order.id();
-    record.disks.iter().map(|disk| Names::of(restores, disk, &id)).collect()
+    // A volume has its name from the start.
+    let files = record.disks.iter().filter(|disk| disk.method != Method::Volume);
+    files.map(|disk| Names::of(restores, disk, &id)).collect()
 }
 
 /// Whether a disk's name has changed hands, so that there is no way back.

@@ -122,7 +122,7 @@ impl Sessions {
     async fn begin(&self, order: &Order, progress: &dyn Progress) -> Result<Turn, JournalError> {
         let mut record = SessionRecord::nothing(order);
         tracing::info!("taking the snapshot");
-        match self.cut(&mut record, progress).await {
+        match Box::pin(self.cut(&mut record, progress)).await {
             Ok(()) if self.is_instant(&record) => self.complete(&mut record, progress).await,
             Ok(()) => Ok(Turn::Report(Box::new(outcome::cut(&record)))),
             Err(failure) => self.fail(&mut record, &failure).await,

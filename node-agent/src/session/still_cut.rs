@@ -54,17 +54,27 @@ impl Sessions {
     }
 }
 
+/// How long the block graph may take to settle: a job that begins or ends puts a filter in or takes it out between two
+/// questions of one look, and a disk is not found then.
+const SETTLE: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// Whether each disk's path still leads to the image that our QEMU has open on top.
 async fn still_ours(sessions: &Sessions, machine: &Machine, tasks: &[DiskTask]) -> Result<(), Failure> {
-    let found = disks(machine.vm(), &sessions.roots).await;
-    let found = found.map_err(|error| Failure::new(reasons::CUT_FAILED, chain(&error)))?.found;
-    let is =
-        |task: &DiskTask| found.iter().any(|disk| disk.name == task.disk && disk.facts.path.clone().ok() == task.path);
-    match tasks.iter().find(|task| !is(task)) {
-        None => Ok(()),
-        Some(task) => {
-            let message = format!("the image of disk `{}` was replaced while its snapshot was taken", task.disk);
-            Err(Failure::new(reasons::VM_CHANGED, message))
+    let end = Instant::now() + SETTLE;
+    loop {
+        let found = disks(machine.vm(), &sessions.roots).await;
+        let found = found.map_err(|error| Failure::new(reasons::CUT_FAILED, chain(&error)))?.found;
+        let is = |task: &DiskTask| {
+            found.iter().any(|disk| disk.name == task.disk && disk.facts.path.clone().ok() == task.path)
+        };
+        match tasks.iter().find(|task| !is(task)) {
+            None => return Ok(()),
+            Some(task) if Instant::now() > end => {
+                let message = format!("the image of disk `{}` was replaced while its snapshot was taken", task.disk);
+                return Err(Failure::new(reasons::VM_CHANGED, message));
+            }
+            Some(_) => tokio::time::sleep(LOOK_AGAIN).await,
         }
     }
 }

@@ -177,7 +177,7 @@ impl Lab {
     pub async fn advance(&self, order: &Order) -> VMSnapshotContentStatus {
         let end = Instant::now() + PATIENCE;
         loop {
-            match self.sessions.advance(order, &Wanted).await.unwrap() {
+            match Box::pin(self.sessions.advance(order, &Wanted)).await.unwrap() {
                 Turn::Over(status) => return *status,
                 Turn::Report(status) if Instant::now() > end => {
                     let why = self.sessions.delete(order).await.unwrap().status.conditions;
@@ -206,7 +206,7 @@ impl Lab {
     pub async fn delete_order(&self, order: &Order) -> VMSnapshotContentStatus {
         let end = Instant::now() + PATIENCE;
         loop {
-            let deletion = self.sessions.delete(order).await.unwrap();
+            let deletion = Box::pin(self.sessions.delete(order)).await.unwrap();
             if deletion.over {
                 return deletion.status;
             }

@@ -9,7 +9,7 @@ use crate::lab::{CASES, Lab};
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_stays_for_as_long_as_a_new_vm_needs_it() {
     for_every(CASES.iter().copied(), |case| async move {
-        let mut lab = Lab::of(case).await;
+        let mut lab = Lab::with_copies_in_reach(case).await;
         lab.world.write().await;
         let (below, _) = lab.snapshot(case.driver, 1).await;
         lab.world.write().await;
@@ -87,7 +87,10 @@ async fn after_a_restore_in_place_snapshots_can_be_deleted_in_any_order_though_s
                 if lab.delete(&snapshots[at].0).await.is_some() {
                     still.push(at);
                 } else {
-                    lab.check_after(&[&still, &[at][..]].concat(), number % 2 == 1).await;
+                    match number % 2 {
+                        1 => lab.world.check_guest().await,
+                        _ => lab.world.check_images(),
+                    }
                 }
             }
             waiting = still;
@@ -112,21 +115,11 @@ impl std::fmt::Display for Subject {
     }
 }
 
-impl Lab {
-    async fn check_after(&self, _: &[usize], running: bool) {
-        if running {
-            self.world.check_guest().await;
-        } else {
-            self.world.check_images();
-        }
-    }
-}
-
 /// The image that depends on the copy has a name of its own by then, and another image its old one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_stays_for_a_linked_image_that_was_itself_cut_since() {
     let case = CASES[2];
-    let mut lab = Lab::of(case).await;
+    let mut lab = Lab::with_copies_in_reach(case).await;
     lab.world.write().await;
     let (old, old_data) = lab.snapshot(case.driver, 1).await;
     lab.world.write().await;

@@ -9,6 +9,7 @@ use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
 use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::target_file::{self, KnownDisk, TargetFile};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
@@ -36,8 +37,8 @@ pub const CASES: &[Case] = &[
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "qcow2" },
 ];
 
-/// Long enough for a BIOS to look at its disks.
-const BOOT: Duration = Duration::from_secs(15);
+/// Where nothing boots, all of it is waited.
+const BOOT: Duration = Duration::from_secs(10);
 
 pub struct Lab {
     pub world: World,
@@ -77,12 +78,20 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
 
 impl Lab {
     pub async fn of(case: Case) -> Self {
-        Self::with(World::of(case).await)
+        Self::with(Box::pin(World::of(case)).await)
     }
 
     pub fn with(world: World) -> Self {
         let restores = restores(&world.sessions, &Self::journal(&world));
         Self { world, restores, restored: 0 }
+    }
+
+    /// The same where the class's directory for copies is beneath an image root too, so that images may link to them.
+    pub async fn with_copies_in_reach(case: Case) -> Self {
+        let mut world = World::of(case).await;
+        let roots = [world.storage.root(), world.sessions.vm_root.clone(), world.copies.path().to_owned()];
+        world.sessions.roots = ImageRoots::new(roots.into());
+        Self::with(world)
     }
 
     /// Beside the VMs' root.
@@ -152,7 +161,7 @@ impl Lab {
     /// Takes a snapshot of what the guest has now, and lets it write on.
     pub async fn snapshot(&mut self, driver: &str, number: u32) -> (Order, Vec<Content>) {
         let order = self.world.order(driver, number);
-        let taken = self.world.snapshot(&order).await;
+        let taken = Box::pin(self.world.snapshot(&order)).await;
         (order, taken)
     }
 

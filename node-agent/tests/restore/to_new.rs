@@ -2,8 +2,10 @@
 
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{BootResult, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
+use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::hypervisor::{VmKey, target_file};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
@@ -81,7 +83,7 @@ async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
 }
 
 /// Two disks with a pattern in their first sector: a BIOS looks, and finds nothing to start. A boot loader that loads
-/// more, and goes on for ever, is told from that.
+/// more is told from that.
 #[tokio::test(flavor = "multi_thread")]
 async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
     let mut lab = Lab::of(CASES[4]).await;
@@ -94,6 +96,8 @@ async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
             let mut disk = std::fs::File::options().write(true).open(&lab.world.disks[0].file).unwrap();
             disk.write_all(&sector(loader)).unwrap();
             lab.world.start().await;
+            // As long as the BIOS needs: the loader ends the trial.
+            lab.restores.boots = Boots::new(64, Duration::from_secs(120), 1);
         }
         let (snapshot, _) = lab.snapshot("reflink", number).await;
         let name = format!("new-{number}");
@@ -110,7 +114,7 @@ async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
     }
 }
 
-/// Reads 127 sectors by the BIOS, twice, writes the first back, and waits for ever: what a boot loader does, in short.
+/// Reads 127 sectors by the BIOS, twice, writes them back, waits, and resets: what a boot loader does, in short.
 const LOADER: &[u8] = &[
     0x31, 0xc0, 0x8e, 0xd8, // ds = 0
     0xbe, 0x40, 0x7c, // si = packet
@@ -118,7 +122,8 @@ const LOADER: &[u8] = &[
     0xb4, 0x42, 0xcd, 0x13, // read
     0xe2, 0xfa, // again
     0xb4, 0x43, 0xb0, 0x00, 0xcd, 0x13, // write
-    0xf4, 0xeb, 0xfd, // halt, for ever
+    0xb4, 0x86, 0xb9, 0x2d, 0x00, 0xba, 0xc0, 0xc6, 0xcd, 0x15, // wait for three seconds
+    0xea, 0x00, 0x00, 0xff, 0xff, // reset
 ];
 
 fn sector(loader: &[u8]) -> Vec<u8> {

@@ -145,6 +145,18 @@ pub async fn remove(volume: &Volume) -> Result<()> {
     run(["lvremove", "--quiet", "--force", &volume.to_string()]).await.map(drop)
 }
 
+/// Makes a writable thin volume of a thin snapshot: it shares the snapshot's blocks, and outlives it.
+pub async fn clone(snapshot: &Volume, made: &Volume, id: &str) -> Result<()> {
+    run(clone_arguments(snapshot, made, id).iter().map(String::as_str)).await.map(drop)
+}
+
+fn clone_arguments(snapshot: &Volume, made: &Volume, id: &str) -> Vec<String> {
+    let fixed = ["lvcreate", "--quiet", "--snapshot", "--permission", "rw", "--setactivationskip", "n"];
+    let tags = ["--addtag", TAG, "--addtag", &tag(id)].map(str::to_owned);
+    let names = ["--name", made.name(), &snapshot.to_string()].map(str::to_owned);
+    [fixed.map(str::to_owned).as_slice(), &tags, &names].concat()
+}
+
 /// How the space for a snapshot is had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Space {

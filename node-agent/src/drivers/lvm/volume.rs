@@ -1,6 +1,6 @@
 //! Names of logical volumes, as types: what is one of these is safe on a command line of LVM and in a path.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +96,15 @@ impl Volume {
             }
         }
         None
+    }
+
+    /// The volume whose device is at `/dev/<group>/<name>`.
+    pub fn of_path(device: &Path) -> Result<Self, NameError> {
+        let text = device.to_str().unwrap_or_default();
+        match text.strip_prefix("/dev/").and_then(|names| names.split_once('/')) {
+            Some((group, name)) => Self::new(group, name),
+            None => Err(NameError::Malformed(text.to_owned())),
+        }
     }
 
     /// The volume that the snapshot `id` of this one is.
