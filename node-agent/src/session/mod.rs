@@ -127,8 +127,7 @@ impl Sessions {
     async fn cut(&self, record: &mut SessionRecord, progress: &dyn Progress) -> Result<(), Failure> {
         still_wanted(&record.order, progress)?;
         let mut machine = accept::open(self, &record.order).await?;
-        // On the heap: it is the greatest part of a session.
-        let cut = Box::pin(self.cut_machine(&mut machine, record, progress)).await;
+        let cut = self.cut_machine(&mut machine, record, progress).await;
         match cut {
             Ok(()) => self.stopped.keep(&record.order, machine),
             // What was made is about to be taken back, and is locked as long as it is open.
