@@ -78,6 +78,7 @@ pub fn choose<'a>(disk: &DiskFacts, candidates: &'a [Candidate]) -> Result<(&'a 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::drivers::Writers;
 
     fn disk(format: &str) -> DiskFacts {
         DiskFacts {
@@ -89,6 +90,7 @@ mod tests {
             chain: Err("not looked at".into()),
             encrypted: false,
             has_bitmaps: false,
+            writers: Writers::Guest,
         }
     }
 

@@ -99,6 +99,19 @@ pub struct DiskFacts {
     pub encrypted: bool,
     /// Whether it has dirty bitmaps that a layer on top would leave behind.
     pub has_bitmaps: bool,
+    /// Who may write to it.
+    pub writers: Writers,
+}
+
+/// Who may write to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writers {
+    /// Its one device in this VM.
+    Guest,
+    /// Nobody: the guest can only read it.
+    Nobody,
+    /// Its device, and others in this VM or elsewhere.
+    Others,
 }
 
 /// One image of a disk's chain, and what a copy of its file would depend on.

@@ -29,11 +29,14 @@ use freezeframe_guard::Exchange;
 use freezeframe_qemu::BlockGraph;
 use serde_json::{Value, json};
 
-use super::{Cut, DiskFacts, DiskTask, Env, Need, Removal, Result, SnapshotDriver, Verdict};
+use super::{Cut, DiskFacts, DiskTask, Env, Need, Removal, Result, SnapshotDriver, Verdict, Writers};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 pub(crate) use prepare::dependents;
 use state::State;
+
+/// Drivers of QEMU that give a device of the host as it is, with no image format.
+const PASSED_THROUGH: [&str; 3] = ["host_device", "host_cdrom", "nvme"];
 
 /// The driver.
 pub struct Overlay;
@@ -50,6 +53,16 @@ impl SnapshotDriver for Overlay {
 
     fn can_take(&self, disk: &DiskFacts, _: &BTreeMap<String, String>) -> Verdict {
         let refusal = match &disk.path {
+            _ if disk.writers == Writers::Nobody => {
+                Some("the guest can't write to it, so there would be nothing in a layer on top".into())
+            }
+            _ if disk.writers == Writers::Others => Some(
+                "others may write to the image too (share-rw=on), and they would go on writing below a layer on top"
+                    .into(),
+            ),
+            _ if PASSED_THROUGH.contains(&disk.format.as_str()) => {
+                Some("it is a device of the host that is passed through: there is no image to put a layer on".into())
+            }
             _ if disk.format != "qcow2" => Some(format!(
                 "the image is {}, and a VM restarted with its old command line would read a qcow2 layer as {}",
                 disk.format, disk.format
@@ -138,4 +151,40 @@ fn layer_cut(state: &State) -> (Value, Exchange) {
         "data": {"node": state.base_node, "overlay": state.layer_node()},
     });
     (action, state.swap())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(change: impl FnOnce(&mut DiskFacts)) -> String {
+        let mut facts = DiskFacts {
+            format: "qcow2".into(),
+            source: "/images/a".into(),
+            path: Ok("/images/a".into()),
+            device: Err("not a device".into()),
+            filesystem: None,
+            chain: Err("not looked at".into()),
+            encrypted: false,
+            has_bitmaps: false,
+            writers: Writers::Guest,
+        };
+        change(&mut facts);
+        match Overlay.can_take(&facts, &BTreeMap::new()) {
+            Verdict::Usable(_) => String::new(),
+            Verdict::Unusable(why) => why,
+        }
+    }
+
+    #[test]
+    fn what_a_layer_would_harm_is_refused_in_words() {
+        assert_eq!(refusal(|_| {}), "");
+        assert!(refusal(|disk| disk.format = "raw".into()).contains("old command line"));
+        assert!(refusal(|disk| disk.format = "host_device".into()).contains("passed through"));
+        assert!(refusal(|disk| disk.encrypted = true).contains("encrypted"));
+        assert!(refusal(|disk| disk.has_bitmaps = true).contains("dirty bitmaps"));
+        assert!(refusal(|disk| disk.writers = Writers::Others).contains("share-rw"));
+        assert!(refusal(|disk| disk.writers = Writers::Nobody).contains("can't write"));
+        assert!(refusal(|disk| disk.path = Err("outside".into())).contains("outside"));
+    }
 }

@@ -14,7 +14,7 @@ use super::graph::{NodeFile, NodeFiles, node_files};
 use super::image::ImageRoots;
 use super::qcow2::{Header, read_header};
 use super::{QMP_TIMEOUT, Vm};
-use crate::drivers::{ChainImage, DiskFacts, Layer};
+use crate::drivers::{ChainImage, DiskFacts, Layer, Writers};
 
 /// One disk of a running VM.
 #[derive(Clone, Debug)]
@@ -25,12 +25,18 @@ pub struct FoundDisk {
     pub node: String,
     /// Virtual size, in bytes.
     pub size: u64,
-    /// Whether the guest can't write to it.
-    pub read_only: bool,
     /// Images below the top one.
     pub chain_depth: usize,
     /// What drivers may look at.
     pub facts: DiskFacts,
+}
+
+impl FoundDisk {
+    /// Whether the guest can't write to it.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.facts.writers == Writers::Nobody
+    }
 }
 
 /// The disks of a VM, and what can't be a disk of a snapshot at all.
@@ -47,19 +53,23 @@ pub struct Disks {
 pub async fn disks(vm: &Vm, roots: &ImageRoots) -> Result<Disks, QemuError> {
     let graph = vm.graph().await?;
     let files = node_files(vm.qmp(), &graph, roots, vm.qmp_identity().peer_pid).await?;
-    let found = graph.disks().iter().filter_map(|disk| {
-        let node = graph.node(disk.top.as_deref()?)?;
+    let out_of_reach = out_of_reach(vm).await?;
+    let mut found = vec![];
+    for disk in graph.disks().iter().filter(|disk| !out_of_reach.contains(&disk.name())) {
+        let Some(node) = disk.top.as_deref().and_then(|top| graph.node(top)) else { continue };
         let device = || BlockDevice::of(node, &graph, vm.qmp_identity().peer_pid);
         let device = only_file(node).and_then(|()| device());
-        Some(found_disk(disk, node, device, &files, &graph, roots))
-    });
-    Ok(Disks { found: found.collect(), out_of_reach: out_of_reach(vm).await?, graph })
+        let writers = writers(vm, disk, &graph).await?;
+        found.push(found_disk(disk, node, device, writers, &files, &graph, roots));
+    }
+    Ok(Disks { found, out_of_reach, graph })
 }
 
 fn found_disk(
     disk: &Disk,
     node: &Node,
     device: Result<BlockDevice, String>,
+    writers: Writers,
     files: &NodeFiles,
     graph: &BlockGraph,
     roots: &ImageRoots,
@@ -69,7 +79,6 @@ fn found_disk(
         name: disk.name(),
         node: node.name.clone(),
         size: node.virtual_size,
-        read_only: disk.read_only,
         chain_depth: graph.chain(&node.name).len().saturating_sub(1),
         facts: DiskFacts {
             format: node.driver.clone(),
@@ -80,6 +89,7 @@ fn found_disk(
             path,
             encrypted: node.encrypted || disk.encrypted,
             has_bitmaps: !node.dirty_bitmaps.is_empty(),
+            writers,
         },
     }
 }
@@ -144,11 +154,59 @@ struct Property {
     kind: String,
 }
 
+async fn writers(vm: &Vm, disk: &Disk, graph: &BlockGraph) -> Result<Writers, QemuError> {
+    if disk.read_only {
+        return Ok(Writers::Nobody);
+    }
+    let shared = is_twice(disk, graph) || may_be_shared(vm, disk).await?;
+    Ok(if shared { Writers::Others } else { Writers::Guest })
+}
+
+/// Whether another device of this VM has the same image.
+fn is_twice(disk: &Disk, graph: &BlockGraph) -> bool {
+    graph.disks().iter().filter(|other| other.top == disk.top).count() > 1
+}
+
+/// Whether its device lets others write to the image (`share-rw=on`), as disks of a cluster do.
+async fn may_be_shared(vm: &Vm, disk: &Disk) -> Result<bool, QemuError> {
+    let path = match disk.qdev.as_str() {
+        "" => return Ok(false),
+        path if path.starts_with('/') => path.to_owned(),
+        id => format!("/machine/peripheral/{id}"),
+    };
+    let property = json!({"path": path, "property": "share-rw"});
+    match vm.qmp().execute::<bool>("qom-get", property, QMP_TIMEOUT).await {
+        // A device without the property shares nothing.
+        Err(QemuError::Command { .. }) => Ok(false),
+        told => told,
+    }
+}
+
 /// Devices whose data never passes QEMU's block layer.
 async fn out_of_reach(vm: &Vm) -> Result<Vec<String>, QemuError> {
-    const KINDS: [&str; 4] = ["vhost-user-blk", "vhost-user-scsi", "vhost-scsi", "vhost-vdpa-device"];
     let path = json!({"path": "/machine/peripheral"});
     let devices: Vec<Property> = vm.qmp().execute("qom-list", path, QMP_TIMEOUT).await?;
-    let past = |device: &Property| KINDS.iter().any(|kind| device.kind.contains(kind));
-    Ok(devices.into_iter().filter(past).map(|device| device.name).collect())
+    Ok(devices.into_iter().filter(|device| passes_by(&device.kind)).map(|device| device.name).collect())
+}
+
+/// Of `scsi-block` and `scsi-generic` the guest's commands go to the device as they are.
+fn passes_by(kind: &str) -> bool {
+    const KINDS: [&str; 6] =
+        ["vhost-user-blk", "vhost-user-scsi", "vhost-scsi", "vhost-vdpa-device", "scsi-block", "scsi-generic"];
+    KINDS.iter().any(|known| kind.contains(known))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_are_passed_through_are_out_of_reach_and_others_are_not() {
+        for kind in ["child<scsi-block>", "child<scsi-generic>", "child<vhost-user-blk-pci>"] {
+            assert!(passes_by(kind), "{kind}");
+        }
+        for kind in ["child<scsi-hd>", "child<scsi-cd>", "child<virtio-blk-pci>", "child<virtio-scsi-pci>"] {
+            assert!(!passes_by(kind), "{kind}");
+        }
+    }
 }

@@ -96,7 +96,7 @@ fn select(
         let message = format!("disk `{name}` stores its data past QEMU's block layer; exclude it to go without it");
         return Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message));
     }
-    let disks: Vec<_> = found.into_iter().filter(|disk| order.wants(&disk.name, disk.read_only)).collect();
+    let disks: Vec<_> = found.into_iter().filter(|disk| order.wants(&disk.name, disk.is_read_only())).collect();
     if disks.is_empty() {
         return Err(Failure::refused(reasons::NO_DISKS, format!("VM {} has no disk to take", order.vm)));
     }
@@ -199,7 +199,7 @@ fn busy(error: &freezeframe_qemu::Error) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::drivers::DiskFacts;
+    use crate::drivers::{DiskFacts, Writers};
     use crate::hypervisor::VmKey;
 
     fn found(name: &str, size: u64) -> FoundDisk {
@@ -208,7 +208,6 @@ mod tests {
             name: name.into(),
             node: format!("node-{name}"),
             size,
-            read_only: false,
             chain_depth: 0,
             facts: DiskFacts {
                 format: "qcow2".into(),
@@ -219,6 +218,7 @@ mod tests {
                 chain: Err(String::new()),
                 encrypted: false,
                 has_bitmaps: false,
+                writers: Writers::Guest,
             },
         }
     }

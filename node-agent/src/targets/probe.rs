@@ -106,7 +106,7 @@ pub fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
         format: disk.facts.format.clone(),
         source: disk.facts.source.clone(),
         size_bytes: i64::try_from(disk.size).unwrap_or(i64::MAX),
-        read_only: disk.read_only,
+        read_only: disk.is_read_only(),
         chain_depth: i32::try_from(disk.chain_depth).unwrap_or(i32::MAX),
         drivers: drivers.iter().map(|driver| choice(driver.as_ref())).collect(),
     }

@@ -7,6 +7,7 @@ use freezeframe_api::v1alpha1::VMTargetStatus;
 use freezeframe_qemu::BlockGraph;
 use k8s_openapi::jiff::Timestamp;
 
+use crate::drivers::Writers;
 use crate::hypervisor::disks::FoundDisk;
 use crate::hypervisor::filesystem::Room;
 
@@ -17,7 +18,7 @@ const LOW: u64 = 10;
 /// guest is news.
 #[must_use]
 pub fn low(disks: &[FoundDisk]) -> Vec<String> {
-    let writable = disks.iter().filter(|disk| !disk.read_only);
+    let writable = disks.iter().filter(|disk| disk.facts.writers != Writers::Nobody);
     let said = writable.filter_map(|disk| {
         let directory = disk.facts.path.as_ref().ok()?.parent()?;
         Some(format!("disk {}: {}", disk.name, nearly_full(directory, &Room::of(directory)?)?))

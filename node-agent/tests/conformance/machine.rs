@@ -34,6 +34,15 @@ pub struct Machine {
 impl Machine {
     /// Starts QEMU with its sockets in `directory`; the same disks make the same command line.
     pub async fn start(directory: &Path, disks: &[Disk]) -> Self {
+        Self::start_with(directory, disks, "").await
+    }
+
+    /// Starts QEMU on image files that it neither locks nor finds locked.
+    pub async fn start_without_locks(directory: &Path, disks: &[Disk]) -> Self {
+        Self::start_with(directory, disks, ",locking=off").await
+    }
+
+    async fn start_with(directory: &Path, disks: &[Disk], locking: &str) -> Self {
         let sockets = ["qmp.sock", "test.sock"];
         for socket in sockets {
             // The one of a QEMU that was killed.
@@ -47,7 +56,7 @@ impl Machine {
         }
         for (index, disk) in disks.iter().enumerate() {
             let (name, options) = (&disk.name, &disk.options);
-            command.arg("-blockdev").arg(format!("node-name={name}-file,{}", protocol(&disk.file)));
+            command.arg("-blockdev").arg(format!("node-name={name}-file,{}{locking}", protocol(&disk.file)));
             let format = &disk.format;
             command.arg("-blockdev").arg(format!("driver={format},node-name={name}-node,file={name}-file{options}"));
             command.arg("-device").arg(format!("virtio-blk-pci,drive={name}-node,id={name},bootindex={index}"));

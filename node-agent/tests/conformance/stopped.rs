@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Mutex;
 
 use freezeframe_api::conditions::{find, reasons, types};
@@ -145,15 +146,11 @@ static STARTED: Mutex<Option<Machine>> = Mutex::new(None);
 async fn a_vm_that_starts_without_locks_during_the_cut_goes_on_and_nothing_is_left() {
     let mut world = stopped(|| {
         let (directory, disks) = DISKS.lock().unwrap().take().unwrap();
-        let machine = tokio::runtime::Handle::current().block_on(Machine::start(&directory, &disks));
+        let machine = tokio::runtime::Handle::current().block_on(Machine::start_without_locks(&directory, &disks));
         *STARTED.lock().unwrap() = Some(machine);
     })
     .await;
-    let mut disks = world.disks.clone();
-    for disk in &mut disks {
-        disk.file.as_mut_os_string().push(",locking=off");
-    }
-    *DISKS.lock().unwrap() = Some((world.directory(), disks));
+    *DISKS.lock().unwrap() = Some((world.directory(), world.disks.clone()));
     let (order, before) = (order(&world), world.files());
     let status = world.advance(&order).await;
     // First, so that it ends with the test.
@@ -164,4 +161,49 @@ async fn a_vm_that_starts_without_locks_during_the_cut_goes_on_and_nothing_is_le
     world.check_guest().await;
     world.restart().await;
     world.check_guest().await;
+}
+
+/// A stopped VM of which a copy is under way that takes a minute.
+async fn copied() -> (World, Order) {
+    let mut world = World::on(Kind::Plain, "qcow2").await;
+    world.write().await;
+    world.quit().await;
+    name_disks(&world);
+    let mut order = world.order("copy", 1);
+    order.drivers[0].parameters.insert("speed".into(), "128Ki".into());
+    let turn = world.sessions.advance(&order, &NeverCancelled).await.unwrap();
+    assert!(matches!(turn, Turn::Report(_)), "a copy is reported before it is complete");
+    (world, order)
+}
+
+fn is_locked(disk: &Disk) -> bool {
+    let info = Command::new("qemu-img").args(["info", "-f", &disk.format]).arg(&disk.file).output().unwrap();
+    !info.status.success()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_is_started_while_it_is_copied_ends_the_copy_and_can_be_started_then() {
+    let (mut world, order) = copied().await;
+    assert!(world.disks.iter().all(is_locked), "between two turns nothing keeps the VM from starting");
+    let socket = world.directory().join("qmp.sock");
+    let listening = UnixListener::bind(&socket).unwrap();
+    let Turn::Report(status) = world.sessions.advance(&order, &NeverCancelled).await.unwrap() else {
+        panic!("it can't know what such a VM needs");
+    };
+    check_noticed(&status);
+    drop(listening);
+    check_noticed(&world.advance(&order).await);
+    world.start().await;
+    world.check_guest().await;
+    assert!(world.files().iter().all(|file| !file.contains("/shop.db-1/")), "{:?}", world.files());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_stopped_vm_that_is_deleted_lets_go_of_its_disks() {
+    let (mut world, order) = copied().await;
+    world.delete(&order).await;
+    assert!(!world.disks.iter().any(is_locked));
+    world.start().await;
+    world.check_guest().await;
+    assert!(world.files().iter().all(|file| !file.contains("/shop.db-1/")), "{:?}", world.files());
 }

@@ -7,6 +7,7 @@ mod crashes;
 mod lab;
 mod machine;
 mod orders;
+mod refusals;
 mod sequences;
 mod shapes;
 mod stopped;
