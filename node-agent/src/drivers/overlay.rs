@@ -20,6 +20,7 @@ mod offline_merge;
 mod place;
 mod prepare;
 mod state;
+mod unseen;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -120,12 +120,13 @@ fn named_file(node: &Node, roots: &ImageRoots, qemu_directory: Option<&Path>, he
 }
 
 fn opaque(id: FileId, directory: &Path) -> String {
-    format!("{OPAQUE_PREFIX}{}:{}:{}", id.device, id.inode, directory.display())
+    // QEMU's memory doesn't outlive this boot, so the file system's number may be in it.
+    format!("{OPAQUE_PREFIX}{}:{}:{}", id.device.unwrap_or_default(), id.inode, directory.display())
 }
 
 fn parse_opaque(text: &str) -> Option<NodeFile> {
     let mut parts = text.strip_prefix(OPAQUE_PREFIX)?.splitn(3, ':');
-    let id = FileId { device: parts.next()?.parse().ok()?, inode: parts.next()?.parse().ok()? };
+    let id = FileId::new(parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     Some(NodeFile::Pinned { id, directory: parts.next()?.into() })
 }
 
@@ -142,7 +143,7 @@ fn if_open(file: NodeFile, open: Option<&HashSet<FileId>>) -> NodeFile {
 fn open_files(pid: i32) -> Option<HashSet<FileId>> {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).ok().filter(|_| pid > 0)?;
     let found = descriptors.flatten().filter_map(|descriptor| std::fs::metadata(descriptor.path()).ok());
-    Some(found.map(|found| FileId { device: found.dev(), inode: found.ino() }).collect())
+    Some(found.map(|found| FileId::new(found.dev(), found.ino())).collect())
 }
 
 /// Working directory of the QEMU process, against which its relative names are meant; none if it isn't visible.
@@ -251,7 +252,7 @@ mod tests {
 
     #[test]
     fn an_opaque_string_is_read_back_whatever_the_directory_is_called() {
-        let id = FileId { device: 65024, inode: 12 };
+        let id = FileId::new(65024, 12);
         let directory = PathBuf::from("/images/a:b/c");
         assert_eq!(parse_opaque(&opaque(id, &directory)), Some(NodeFile::Pinned { id, directory }));
     }
@@ -260,7 +261,7 @@ mod tests {
     fn a_file_that_qemu_names_but_does_not_have_open_is_foreign() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let found = file.as_file().metadata().unwrap();
-        let id = FileId { device: found.dev(), inode: found.ino() };
+        let id = FileId::new(found.dev(), found.ino());
         let named = NodeFile::Named { id, path: file.path().into() };
         let ours = open_files(i32::try_from(std::process::id()).unwrap());
         assert_eq!(if_open(named.clone(), ours.as_ref()), named);

@@ -3,6 +3,7 @@
 //! QEMU tells us its images' paths, and QEMU is not trusted: a path outside the roots, a symbolic link, or anything
 //! but a regular file is refused before something is created, renamed or handed over.
 
+use std::hash::{Hash, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
@@ -10,6 +11,8 @@ use k8s_openapi::jiff::Timestamp;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+
+use super::qcow2::HeaderError;
 
 /// What can go wrong with an image file.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,17 @@ impl ImageError {
         matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
     }
 
+    /// Whether the name leads to nothing that could be an image: it is gone, a link, a directory, a socket.
+    #[must_use]
+    pub fn is_no_image(&self) -> bool {
+        const KINDS: [Errno; 5] = [Errno::NOENT, Errno::LOOP, Errno::ISDIR, Errno::NXIO, Errno::NODEV];
+        match self {
+            Self::NotRegular(_) => true,
+            Self::Io { source, .. } => Errno::from_io_error(source).is_some_and(|errno| KINDS.contains(&errno)),
+            Self::NotAFilePath(_) | Self::OutsideRoots(_) => false,
+        }
+    }
+
     /// Whether the file isn't there.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
@@ -54,12 +68,37 @@ impl ImageError {
 type Result<T> = std::result::Result<T, ImageError>;
 
 /// A file by what it is, not by its name: names change hands at a cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+///
+/// A record keeps the inode alone: the number of a file system may be another after a reboot of the host, and a record's
+/// ids are only ever looked for in the directory that the record names.
+#[derive(Clone, Copy, Debug, Eq, Serialize, Deserialize)]
 pub struct FileId {
-    /// The file system.
-    pub device: u64,
+    /// The file system; none in what was read from a record.
+    #[serde(skip)]
+    pub device: Option<u64>,
     /// The inode there.
     pub inode: u64,
+}
+
+impl FileId {
+    /// A file on a file system of this boot.
+    #[must_use]
+    pub fn new(device: u64, inode: u64) -> Self {
+        Self { device: Some(device), inode }
+    }
+}
+
+impl PartialEq for FileId {
+    fn eq(&self, other: &Self) -> bool {
+        let same_device = self.device.zip(other.device).is_none_or(|(one, other)| one == other);
+        same_device && self.inode == other.inode
+    }
+}
+
+impl Hash for FileId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.inode.hash(state);
+    }
 }
 
 /// Where images may be.
@@ -127,7 +166,7 @@ impl ImageDirectory {
     pub fn id(&self, name: &str) -> Result<Option<FileId>> {
         match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {
-                Ok(Some(FileId { device: found.st_dev, inode: found.st_ino }))
+                Ok(Some(FileId::new(found.st_dev, found.st_ino)))
             }
             Ok(_) => Err(ImageError::NotRegular(self.join(name))),
             Err(Errno::NOENT) => Ok(None),
@@ -142,11 +181,19 @@ impl ImageDirectory {
 
     /// Opens a file of it.
     pub fn open(&self, name: &str, access: OFlags) -> Result<OwnedFd> {
-        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // A pipe that lies among the images would keep us waiting for ever.
+        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
             .map_err(|source| io_error("open", &self.join(name), source))?;
         self.id(name)?.ok_or_else(|| io_error("open", &self.join(name), Errno::NOENT))?;
         Ok(fd)
+    }
+
+    /// What to say of an image of it whose header can't be read.
+    #[must_use]
+    pub fn unreadable(&self, name: &str, error: HeaderError) -> ImageError {
+        let source = std::io::Error::other(error);
+        ImageError::Io { doing: "read the header of", path: self.join(name), source }
     }
 
     /// Makes an empty file that must not be there.

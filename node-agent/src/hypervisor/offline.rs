@@ -40,8 +40,9 @@ impl StorageDaemon {
     pub async fn start() -> Result<Self, OfflineError> {
         let directory = TempDir::new().map_err(OfflineError::Start)?;
         let socket = directory.path().join("qmp.sock");
-        let process = Command::new("qemu-storage-daemon")
-            .arg("--chardev")
+        // Its agent's death must end it, or a VM could never be started again: its locks would stay.
+        let process = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--", "qemu-storage-daemon", "--chardev"])
             .arg(format!("socket,id=qmp,path={},server=on,wait=off", socket.display()))
             .args(["--monitor", "chardev=qmp"])
             .stdin(Stdio::null())

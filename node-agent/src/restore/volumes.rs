@@ -82,7 +82,7 @@ pub async fn make(disk: &DiskRestore, id: &str) -> Result<FileId, Failure> {
         let message = format!("disk {}: volume {made} has {} bytes, not {}", disk.disk, row.lv_size, disk.size);
         return Err(Failure::new(reasons::VERIFY_FAILED, message));
     }
-    Ok(FileId { device, inode: 0 })
+    Ok(FileId::new(device, 0))
 }
 
 /// Removes a disk's volume, if it was made.

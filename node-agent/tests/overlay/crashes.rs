@@ -114,3 +114,34 @@ async fn a_snapshot_whose_data_moved_before_a_crash_is_deleted_where_it_is() {
     }
     assert!(seen, "no crash came between the merge and the record of it");
 }
+
+/// QEMU, or the host, dies after a merge has rewritten the header above and before what it merged is on disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_whose_data_was_lost_is_done_once_more_before_its_source_goes() {
+    let mut lab = lab(Shape::Blockdev, 1).await;
+    let (lower, upper) = (lab.take().await, lab.take().await);
+    lab.machine.kill();
+    let order = lab.snapshots[&lower].order.clone();
+    for polls in 1.. {
+        assert!(
+            cut_off(Box::pin(lab.sessions.delete(&order)), polls).await.is_none(),
+            "no crash came before the merge"
+        );
+        let record = lab.sessions.journal.load(&order.uid).unwrap().unwrap();
+        if record.tasks[0].state["merging"].is_object() {
+            break;
+        }
+    }
+    let (merged, disk) = (lab.handles(lower).remove(0), lab.disks[0].image.clone());
+    let name = merged.file_name().unwrap();
+    let rebased = std::process::Command::new("qemu-img")
+        .args(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .args([name, disk.as_os_str()])
+        .status();
+    assert!(rebased.unwrap().success());
+    lab.delete(lower).await;
+    lab.check().await;
+    lab.machine.start().await;
+    lab.delete(upper).await;
+    lab.check().await;
+}

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, dependents, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
-use super::{DiskTask, at_rest, offline_merge};
+use super::{DiskTask, at_rest, offline_merge, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
@@ -141,12 +141,14 @@ fn sync_images(directory: &ImageDirectory, state: &State) -> Result<()> {
 async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let graph = close_unfinished(vm, state).await?;
     let place = Place::find(env, vm, &graph, state).await?;
-    if let Some(merging) = &mut state.merging {
+    if let Some(mut merging) = state.merging.clone() {
         let above = merging.above_id;
         let place = place.as_ref().filter(|place| place.at > 0);
         let still_there = place.is_some_and(|place| place.id(directory, place.at - 1) == Some(above));
         if !still_there {
+            unseen::prove(directory, state, &merging, false).await?;
             merging.check_done(directory, state.base)?;
+            state.merging = Some(merging);
             return Ok(Removal::Again);
         }
     }
@@ -314,7 +316,7 @@ async fn commit_middle(
     if state.merging.is_none() {
         let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
         refuse_others(directory, &above_name, above_id, place.id(directory, over))?;
-        state.merging = Some(Merging { above: above_name, above_id, done: false });
+        state.merging = Some(Merging { above: above_name, above_id, seen: false, done: false });
         state.closing = nodes_of(above);
         return Ok(Removal::Again);
     }

@@ -5,6 +5,7 @@ use serde_json::json;
 use super::merge::{kept_for, refuse_others};
 use super::prepare::{dependents, header};
 use super::state::{Merging, State};
+use super::unseen;
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, qemu};
 use crate::hypervisor::QMP_TIMEOUT;
@@ -18,8 +19,10 @@ const DEEPEST: usize = 1024;
 /// Takes one step of merging the layer above a snapshot's file into it.
 pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let chain = chain(directory, &state.disk_file)?;
-    if let Some(merging) = state.merging.as_mut().filter(|merging| !chain.contains(&merging.above)) {
+    if let Some(mut merging) = state.merging.clone().filter(|merging| !chain.contains(&merging.above)) {
+        unseen::prove(directory, state, &merging, true).await?;
         merging.check_done(directory, state.base)?;
+        state.merging = Some(merging);
         return Ok(Removal::Again);
     }
     let at = chain.iter().position(|name| *name == state.layer);
@@ -71,7 +74,7 @@ async fn merge_above(
             let above_id = directory.id(above)?;
             let above_id = above_id.ok_or_else(|| DriverError::NotNow(format!("{above} is gone")))?;
             refuse_others(directory, above, above_id, directory.id(&chain[at - 2])?)?;
-            state.merging = Some(Merging { above: above.clone(), above_id, done: false });
+            state.merging = Some(Merging { above: above.clone(), above_id, seen: false, done: false });
             return Ok(Removal::Again);
         }
     }
@@ -88,6 +91,9 @@ async fn merge_above(
         None => commit_disk(&daemon, directory, state).await?,
     }
     daemon.stop().await.map_err(|error| offline(&error))?;
+    if let Some(merging) = &mut state.merging {
+        merging.seen = true;
+    }
     Ok(Removal::Again)
 }
 

@@ -41,6 +41,9 @@ pub struct Merging {
     pub above: String,
     /// That file.
     pub above_id: FileId,
+    /// Whether the job was seen to end in good order, with all that it wrote.
+    #[serde(default)]
+    pub seen: bool,
     /// Whether the job is known to be done: the file above is then garbage.
     pub done: bool,
 }

@@ -1,0 +1,69 @@
+//! A merge whose end nobody saw: whether the file that was merged into really has the data.
+//!
+//! QEMU rewrites the header of the layer above before it writes out the tables of the image that it merged into. If it
+//! dies in between, or the host does, the headers say that the merge is done, and the data isn't there. The file that
+//! the data came from still is, and nobody needs it any more but for this.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::state::{Merging, State};
+use crate::drivers::tool::look;
+use crate::drivers::{DriverError, Result};
+use crate::hypervisor::image::ImageDirectory;
+
+/// Both files are read in full, and a layer may have terabytes.
+const LONGEST: Duration = Duration::from_secs(6 * 3600);
+
+/// Whether the merged file reads as the file that it was merged from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Comparison {
+    Same,
+    Different,
+}
+
+/// Fails unless the merge has all data. While the VM is stopped, what is missing is merged once more.
+pub async fn prove(directory: &ImageDirectory, state: &State, merging: &Merging, stopped: bool) -> Result<()> {
+    if merging.seen || !directory.holds(&merging.above, merging.above_id)? {
+        return Ok(());
+    }
+    if compare(directory, state, merging).await? == Comparison::Same {
+        return Ok(());
+    }
+    let above = directory.join(&merging.above);
+    if !stopped {
+        let why = "has data that a merge which was cut off has lost: stop the VM, and it is merged once more";
+        return Err(DriverError::NotNow(format!("{} {why}", above.display())));
+    }
+    tracing::warn!(file = %above.display(), "a merge that was cut off had lost data; merging once more");
+    let ended = look(&["commit", "-q", "-d", "-f", "qcow2"], &above, &[], LONGEST).await?;
+    match ended.code {
+        Some(0) => directory.sync_file(&state.layer).map_err(DriverError::from),
+        _ => Err(DriverError::NotNow(format!("{} can't be merged once more: {}", above.display(), ended.said))),
+    }
+}
+
+async fn compare(directory: &ImageDirectory, state: &State, merging: &Merging) -> Result<Comparison> {
+    let (above, merged) = (directory.join(&merging.above), directory.join(&state.layer));
+    let mut over = unlocked(&above);
+    over["backing"] = unlocked(&merged);
+    let (one, other) = (format!("json:{over}"), format!("json:{}", unlocked(&merged)));
+    let ended = look(&["compare", "-q", "-U"], Path::new(&one), &[&other], LONGEST).await?;
+    match ended.code {
+        Some(0) => Ok(Comparison::Same),
+        Some(1) => Ok(Comparison::Different),
+        _ => Err(DriverError::NotNow(format!(
+            "{} can't be compared with what it was merged into: {}",
+            above.display(),
+            ended.said
+        ))),
+    }
+}
+
+/// An image as `qemu-img` opens it while a QEMU has locks on it that it left behind at a merge. Neither file is written
+/// any more: the one is no longer in the chain, the other is a snapshot.
+fn unlocked(image: &Path) -> Value {
+    json!({"driver": "qcow2", "file": {"driver": "file", "filename": image, "locking": "off"}})
+}
