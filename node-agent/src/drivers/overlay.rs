@@ -16,6 +16,7 @@
 
 mod at_rest;
 mod merge;
+mod needs;
 mod offline_merge;
 mod place;
 mod prepare;
@@ -33,7 +34,7 @@ use serde_json::{Value, json};
 use super::{Cut, DiskFacts, DiskTask, Env, Need, Removal, Result, SnapshotDriver, Verdict, Writers};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
-pub(crate) use prepare::dependents;
+pub(crate) use needs::dependents;
 use state::State;
 
 /// Drivers of QEMU that give a device of the host as it is, with no image format.

@@ -19,8 +19,9 @@
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
 
+use super::needs::{dependents, kept_for, refuse_others};
 use super::place::{Place, name_of};
-use super::prepare::{close_unfinished, dependents, forget_node, header, pin, replace_base};
+use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::{DiskTask, at_rest, offline_merge, unseen};
 use crate::drivers::jobs::{self, Wanted};
@@ -211,17 +212,6 @@ fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &
     refuse_others(directory, &state.layer, state.base, Some(above))
 }
 
-/// No image but `user` backs onto the file: it may be written to, and get another name.
-pub fn refuse_others(directory: &ImageDirectory, name: &str, file: FileId, user: Option<FileId>) -> Result<()> {
-    for other in dependents(directory, file)? {
-        if user.is_none() || directory.id(&other)? != user {
-            let path = directory.join(name);
-            return Err(DriverError::NotNow(format!("{other} was made on top of {} and needs it", path.display())));
-        }
-    }
-    Ok(())
-}
-
 /// Holds the base of our own cut by descriptor, where a crash came between the cut and that.
 async fn pin_if_stale(env: &Env<'_>, vm: &Vm, place: &Place<'_>, state: &State) -> Result<bool> {
     let node = place.chain[place.at];
@@ -334,13 +324,6 @@ async fn commit_middle(
         merging.check_done(directory, state.base)?;
     }
     Ok(Removal::Again)
-}
-
-/// A kept file of a snapshot that is gone must not move: nobody would learn of it.
-pub fn kept_for(env: &Env<'_>, directory: &ImageDirectory, above: &str) -> Option<Removal> {
-    let path = directory.join(above);
-    let kept = env.siblings.iter().any(|sibling| sibling.retained && sibling.handle == path);
-    kept.then(|| Removal::Kept(format!("{} was retained and needs this file", path.display())))
 }
 
 /// Copies the snapshot's data up into the layer above, where the file's own node can't be made writable: QEMU would

@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-use super::merge::{kept_for, refuse_others};
-use super::prepare::{dependents, header};
+use super::needs::{dependents, kept_for, refuse_others};
+use super::prepare::header;
 use super::state::{Merging, State};
 use super::unseen;
 use crate::drivers::jobs::{self, Wanted};

@@ -4,13 +4,12 @@ use freezeframe_qemu::{BlockGraph, Node};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
-use std::path::Path;
 
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
 use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew, take_back_unused};
-use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots};
-use crate::hypervisor::qcow2::{Header, HeaderError, read_header};
+use crate::hypervisor::image::{ImageDirectory, ImageRoots};
+use crate::hypervisor::qcow2::{Header, read_header};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// Bytes that a new layer may need before its first cluster of data.
@@ -219,39 +218,4 @@ pub async fn verify(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &State)
 pub fn header(directory: &ImageDirectory, name: &str) -> Result<Header> {
     let mut file = File::from(directory.open(name, OFlags::RDONLY)?);
     read_header(&mut file).map_err(|source| DriverError::Header { path: directory.join(name), source })
-}
-
-/// Files of `directory` that back onto the file `id`, by their headers.
-pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>> {
-    let mut found = vec![];
-    for name in directory.names()? {
-        let Some(backing) = backing_of(directory, &name)? else { continue };
-        let Some(below) = beside(directory, &backing).filter(|below| *below != name) else { continue };
-        match directory.holds(below, id) {
-            Ok(true) => found.push(name),
-            Ok(false) => {}
-            Err(error) if error.is_no_image() => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(found)
-}
-
-/// What a file says that it backs onto. One that isn't a qcow2 image, or isn't a file, backs onto nothing; one that can't
-/// be read may back onto anything.
-fn backing_of(directory: &ImageDirectory, name: &str) -> Result<Option<String>> {
-    match header(directory, name) {
-        Ok(header) => Ok(header.backing),
-        Err(DriverError::Header { source: HeaderError::NotQcow2, .. }) => Ok(None),
-        Err(DriverError::Image(error)) if error.is_no_image() => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// The name of a backing file in the same directory, however the header spells its path.
-fn beside<'a>(directory: &ImageDirectory, backing: &'a str) -> Option<&'a str> {
-    let path = Path::new(backing.strip_prefix("file:").unwrap_or(backing));
-    let parent = path.parent()?;
-    let here = parent.as_os_str().is_empty() || parent == Path::new(".") || parent == directory.path();
-    path.file_name().filter(|_| here)?.to_str()
 }

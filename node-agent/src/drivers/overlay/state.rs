@@ -6,7 +6,7 @@ use freezeframe_guard::{Exchange, Kind};
 use freezeframe_qemu::BlockGraph;
 use serde::{Deserialize, Serialize};
 
-use super::prepare::dependents;
+use super::needs::dependents;
 use crate::drivers::{DiskTask, DriverError, Result};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 

@@ -1,0 +1,61 @@
+//! Which images need a file as it stands, whoever made them.
+
+use std::path::Path;
+
+use super::prepare::header;
+use crate::drivers::{DriverError, Env, Removal, Result};
+use crate::hypervisor::image::{FileId, ImageDirectory};
+use crate::hypervisor::qcow2::HeaderError;
+
+/// No image but `user` backs onto the file: it may be written to, and get another name.
+pub fn refuse_others(directory: &ImageDirectory, name: &str, file: FileId, user: Option<FileId>) -> Result<()> {
+    for other in dependents(directory, file)? {
+        if user.is_none() || directory.id(&other)? != user {
+            let path = directory.join(name);
+            return Err(DriverError::NotNow(format!("{other} was made on top of {} and needs it", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// A kept file of a snapshot that is gone must not move: nobody would learn of it.
+pub fn kept_for(env: &Env<'_>, directory: &ImageDirectory, above: &str) -> Option<Removal> {
+    let path = directory.join(above);
+    let kept = env.siblings.iter().any(|sibling| sibling.retained && sibling.handle == path);
+    kept.then(|| Removal::Kept(format!("{} was retained and needs this file", path.display())))
+}
+
+/// Files of `directory` that back onto the file `id`, by their headers.
+pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>> {
+    let mut found = vec![];
+    for name in directory.names()? {
+        let Some(backing) = backing_of(directory, &name)? else { continue };
+        let Some(below) = beside(directory, &backing).filter(|below| *below != name) else { continue };
+        match directory.holds(below, id) {
+            Ok(true) => found.push(name),
+            Ok(false) => {}
+            Err(error) if error.is_no_image() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(found)
+}
+
+/// What a file says that it backs onto. One that isn't a qcow2 image, or isn't a file, backs onto nothing; one that can't
+/// be read may back onto anything.
+fn backing_of(directory: &ImageDirectory, name: &str) -> Result<Option<String>> {
+    match header(directory, name) {
+        Ok(header) => Ok(header.backing),
+        Err(DriverError::Header { source: HeaderError::NotQcow2, .. }) => Ok(None),
+        Err(DriverError::Image(error)) if error.is_no_image() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The name of a backing file in the same directory, however the header spells its path.
+fn beside<'a>(directory: &ImageDirectory, backing: &'a str) -> Option<&'a str> {
+    let path = Path::new(backing.strip_prefix("file:").unwrap_or(backing));
+    let parent = path.parent()?;
+    let here = parent.as_os_str().is_empty() || parent == Path::new(".") || parent == directory.path();
+    path.file_name().filter(|_| here)?.to_str()
+}
