@@ -46,7 +46,7 @@ async fn take(world: &World) -> (Order, VMSnapshotContentStatus) {
     loop {
         let mut order = World::order(number);
         order.required = ConsistencyLevel::Filesystem;
-        order.freeze_timeout = Duration::from_secs(120);
+        (order.freeze_timeout, order.max_hold) = (Duration::from_secs(120), Duration::from_secs(240));
         order.drivers.push(ClassDriver { name: DriverName("overlay".into()), parameters: [].into() });
         let status = world.advance(&order).await;
         let ready = find(&status.conditions, types::READY).unwrap();
