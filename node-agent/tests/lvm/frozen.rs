@@ -3,7 +3,7 @@
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::names::DriverName;
@@ -40,20 +40,29 @@ fn formatted(volume: &Lv) -> Disk {
     Disk::existing(path, Format::Raw)
 }
 
-/// Takes a snapshot of all disks. The guest's agent, emulated twice over, may be too slow to greet ours at first.
+/// What a guest's agent that is too slow comes to.
+const TOO_SLOW: [&str; 3] = [reasons::GUEST_AGENT_UNAVAILABLE, reasons::FREEZE_TIMED_OUT, reasons::THAW_OWED];
+
+/// Takes a snapshot of all disks. The guest's agent, emulated twice over on a busy machine, may be too slow for the
+/// product's bounds, which stay as they are: then the snapshot fails in words, is taken back, and another is taken.
 async fn take(world: &World) -> (Order, VMSnapshotContentStatus) {
     let mut number = 1;
     loop {
         let mut order = World::order(number);
         order.required = ConsistencyLevel::Filesystem;
-        order.freeze_timeout = Duration::from_secs(120);
+        (order.freeze_timeout, order.max_hold) = (Duration::from_secs(120), Duration::from_secs(240));
         order.drivers.push(ClassDriver { name: DriverName("overlay".into()), parameters: [].into() });
         let status = world.advance(&order).await;
         let ready = find(&status.conditions, types::READY).unwrap();
-        if number == MOST_ATTEMPTS || ready.reason != reasons::GUEST_AGENT_UNAVAILABLE {
+        if number == MOST_ATTEMPTS || !TOO_SLOW.contains(&ready.reason.as_str()) {
             return (order, status);
         }
         println!("not yet: {}", ready.message);
+        let end = Instant::now() + RECORDS;
+        while !world.sessions.delete(&order).await.unwrap().over {
+            assert!(Instant::now() < end, "what a failed snapshot made is not taken back");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
         number += 1;
     }
 }
@@ -61,6 +70,8 @@ async fn take(world: &World) -> (Order, VMSnapshotContentStatus) {
 #[tokio::test(flavor = "multi_thread")]
 async fn volumes_and_a_file_of_a_frozen_guest_are_one_instant() {
     lay_out_cache();
+    // For the witness: nobody loads it here when a file is mounted.
+    run("modprobe", &["loop".to_owned()]);
     let world = World::without_vm();
     let images = world.directory().join("images");
     std::fs::create_dir_all(&images).unwrap();

@@ -30,6 +30,8 @@ const SOON: Duration = Duration::from_secs(60);
 /// LVM's commands take seconds where they are emulated on a busy machine.
 const HOLD: Duration = Duration::from_secs(60);
 const MOST_STEPS: usize = 8;
+/// A session, with what has to be tried again.
+const ADVANCED: Duration = Duration::from_secs(240);
 
 pub struct World {
     machine: Option<Machine>,
@@ -164,13 +166,16 @@ impl World {
 
     /// Takes a snapshot to its end, good or bad.
     pub async fn advance(&self, order: &Order) -> VMSnapshotContentStatus {
-        for _ in 0..MOST_STEPS {
+        let end = Instant::now() + ADVANCED;
+        loop {
             match self.sessions.advance(order, &NeverCancelled).await.unwrap() {
                 Turn::Over(status) => return *status,
-                Turn::Report(_) => {}
+                Turn::Report(status) => {
+                    assert!(Instant::now() < end, "the session of {} comes to no end: {status:?}", order.content);
+                }
             }
+            tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        panic!("the session of {} comes to no end", order.content);
     }
 
     /// Takes a snapshot step by step, and returns its tasks, how long the virtual CPUs stood still, and what the disks
