@@ -131,7 +131,9 @@ impl Boots {
             // Doubled, a comma is part of the name.
             let file = path.replace(',', ",,");
             arguments.extend(["-drive".into(), format!("if=none,id=d{at},format={format},snapshot=on,file={file}")]);
-            arguments.extend(["-device".into(), format!("virtio-blk-pci,drive=d{at},bootindex={at}")]);
+            // A kernel that QEMU loads itself is the first thing to boot, and its number is taken.
+            let order = if with.kernel.is_some() { String::new() } else { format!(",bootindex={at}") };
+            arguments.extend(["-device".into(), format!("virtio-blk-pci,drive=d{at}{order}")]);
         }
         Ok(arguments)
     }
