@@ -83,6 +83,8 @@ impl Program {
             .args(["--node-name", &site.node_name, "--metrics-addr", &format!("127.0.0.1:{port}")])
             .args([Path::new("--vm-root"), &site.vm_root, Path::new("--guard-socket"), &guard_socket(site)])
             .args([Path::new("--state-dir"), &made(site.directory.join("agent"))?])
+            // KVM may be there and yet boot nothing, as for the guests.
+            .args(["--boot-accelerator", "tcg"])
             .args(roots)
             .env("KUBECONFIG", &site.kubeconfig);
         Self::start("agent", invocation, site, Some(port))

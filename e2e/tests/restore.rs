@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use freezeframe_api::conditions::{find, reasons, types};
-use freezeframe_api::v1alpha1::{RestorePhase, RunState, VMRestore, VMSnapshot, VMTarget};
+use freezeframe_api::v1alpha1::{BootResult, RestorePhase, RunState, VMRestore, VMSnapshot, VMTarget};
 use freezeframe_e2e::restores::{restore_phase, restored_images};
 use freezeframe_e2e::snapshots::{checksums, files, images};
-use freezeframe_e2e::{Disk, Format, World, WorldConfig, await_object, witness};
+use freezeframe_e2e::{Cache, Disk, Format, World, WorldConfig, await_object, witness};
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
@@ -107,5 +107,29 @@ async fn nothing_is_overwritten_without_leave() -> Result<()> {
         ensure!(ready.is_some_and(|ready| ready.reason == reason), "{name}: {refused:#?}");
     }
     ensure!(files(&world.image_directory(VM))? == found, "files came or went");
+    world.guest()?.await_records(10, SOON).await.map(drop)
+}
+
+/// Our guests have no boot loader: the file in the VM's directory says how they start.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_guest_is_seen_to_boot() -> Result<()> {
+    let (world, snapshot) = world_with_a_past().await?;
+    let (cache, kernels) = (Cache::locate()?, world.image_directory(VM));
+    for file in ["vmlinuz", "initrd"] {
+        std::fs::copy(cache.guest_file(file)?, kernels.join(file))?;
+    }
+    let boot = json!({
+        "kernel": kernels.join("vmlinuz"), "initrd": kernels.join("initrd"), "machine": "pc",
+        "append": "quiet panic=-1 random.trust_cpu=on mitigations=off load=none agent=on",
+    });
+    let directory = world.directory().join("vms").join(&world.namespace).join(VM);
+    // JSON is YAML.
+    std::fs::write(directory.join("target.yaml"), json!({ "boot": boot }).to_string())?;
+
+    world.apply_restore("tried", &snapshot, json!({"target": {"newVM": "copy-3"}, "verify": "Boot"})).await?;
+    let tried = world.await_success("tried").await?;
+    let found = tried.status.as_ref().and_then(|status| status.boot.as_ref()).context("no result of booting")?;
+    ensure!(found.result == BootResult::AgentAnswered && found.seconds > 0, "{found:?}");
+    ensure!(checksums(&restored_images(&tried))? == checksums(&images(&snapshot)?)?, "booting changed the images");
     world.guest()?.await_records(10, SOON).await.map(drop)
 }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use freezeframe_runtime::telemetry::LogFormat;
 
+use crate::boot::Accelerator;
+
 /// Freezes guests, cuts their disks, lets them go.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "freezeframe-agent", version)]
@@ -36,6 +38,9 @@ pub struct Args {
     /// How many such guests run at once.
     #[arg(long, default_value_t = 1)]
     pub boots_at_once: usize,
+    /// What runs these guests' instructions.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub boot_accelerator: Accelerator,
     /// Address of `/metrics`, `/healthz` and `/readyz`.
     #[arg(long, default_value = "127.0.0.1:9810")]
     pub metrics_addr: SocketAddr,

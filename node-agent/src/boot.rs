@@ -84,19 +84,41 @@ pub enum BootError {
 pub struct Boots {
     memory_mib: u32,
     timeout: Duration,
+    accelerator: Accelerator,
     turns: Semaphore,
+}
+
+/// What runs the guests' instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Accelerator {
+    /// KVM where the node has it, else emulation.
+    Auto,
+    /// Emulation alone, for a node whose KVM can't be relied on.
+    Tcg,
+}
+
+impl Accelerator {
+    fn arguments(self) -> &'static [&'static str] {
+        // Without a bound, translated code may take a gigabyte.
+        const TCG: &str = "tcg,tb-size=64";
+        match self {
+            Self::Auto => &["-accel", "kvm", "-accel", TCG],
+            Self::Tcg => &["-accel", TCG],
+        }
+    }
 }
 
 impl Boots {
     /// So much memory for each, so long, and so many at once.
     #[must_use]
-    pub fn new(memory_mib: u32, timeout: Duration, at_once: usize) -> Self {
-        Self { memory_mib, timeout, turns: Semaphore::new(at_once.max(1)) }
+    pub fn new(memory_mib: u32, timeout: Duration, at_once: usize, accelerator: Accelerator) -> Self {
+        Self { memory_mib, timeout, accelerator, turns: Semaphore::new(at_once.max(1)) }
     }
 
     /// Starts from the disks and says how far that came. The disks aren't changed.
     pub async fn check(&self, disks: &[BootDisk], with: &BootWith, roots: &ImageRoots) -> Result<BootCheck, BootError> {
         let mut arguments = self.arguments(disks, with, roots)?;
+        arguments.extend(self.accelerator.arguments().iter().map(ToString::to_string));
         if has_sandbox().await {
             arguments.extend(["-sandbox", SANDBOX].map(Into::into));
         }
@@ -131,7 +153,9 @@ impl Boots {
             // Doubled, a comma is part of the name.
             let file = path.replace(',', ",,");
             arguments.extend(["-drive".into(), format!("if=none,id=d{at},format={format},snapshot=on,file={file}")]);
-            arguments.extend(["-device".into(), format!("virtio-blk-pci,drive=d{at},bootindex={at}")]);
+            // A kernel that QEMU loads itself is the first thing to boot, and its number is taken.
+            let order = if with.kernel.is_some() { String::new() } else { format!(",bootindex={at}") };
+            arguments.extend(["-device".into(), format!("virtio-blk-pci,drive=d{at}{order}")]);
         }
         Ok(arguments)
     }
@@ -227,7 +251,7 @@ fn command(sockets: &Path, arguments: Vec<String>) -> Command {
     command.args(["--pdeathsig", "KILL", "--", "prlimit", &format!("--fsize={MOST_WRITTEN}"), "--core=0", "--"]);
     command.args(["nice", "-n", "10", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]);
     command.args(["-display", "none", "-nic", "none", "-name", "freezeframe-boot"]);
-    command.args(["-accel", "kvm", "-accel", "tcg,tb-size=64", "-smp", "1"]);
+    command.args(["-smp", "1"]);
     // Relative names: a socket's path has 108 bytes.
     command.args(["-qmp", "unix:qmp.sock,server=on,wait=off", "-device", "virtio-serial-pci"]);
     command.args(["-chardev", "socket,id=agent,path=qga.sock,server=on,wait=off"]);
@@ -245,7 +269,7 @@ mod tests {
 
     fn arguments(with: &BootWith, disks: &[BootDisk]) -> Result<Vec<String>, BootError> {
         let roots = ImageRoots::new(vec![std::env::temp_dir()]);
-        Boots::new(512, Duration::from_secs(1), 1).arguments(disks, with, &roots)
+        Boots::new(512, Duration::from_secs(1), 1, Accelerator::Tcg).arguments(disks, with, &roots)
     }
 
     #[test]

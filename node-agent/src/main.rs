@@ -69,7 +69,12 @@ async fn main() -> anyhow::Result<()> {
     let restores = Restores {
         sessions: sessions.clone(),
         journal: Journal::open(args.state_dir.join("restores"))?,
-        boots: Boots::new(args.boot_memory, Duration::from_secs(args.boot_timeout), args.boots_at_once),
+        boots: Boots::new(
+            args.boot_memory,
+            Duration::from_secs(args.boot_timeout),
+            args.boots_at_once,
+            args.boot_accelerator,
+        ),
     };
     let restores = restore_controller::Context {
         client: client.clone(),

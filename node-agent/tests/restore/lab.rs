@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
-use freezeframe_node_agent::boot::Boots;
+use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::target_file::{self, KnownDisk, TargetFile};
@@ -72,7 +72,7 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
         drivers: sessions.drivers.clone(),
         stopped: StoppedVms::with_files_only(),
     };
-    let boots = Boots::new(64, BOOT, 1);
+    let boots = Boots::new(64, BOOT, 1, Accelerator::Tcg);
     Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap(), boots }
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{BootResult, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
-use freezeframe_node_agent::boot::Boots;
+use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::hypervisor::{VmKey, target_file};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
@@ -97,7 +97,7 @@ async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
             disk.write_all(&sector(loader)).unwrap();
             lab.world.start().await;
             // As long as the BIOS needs: the loader ends the trial.
-            lab.restores.boots = Boots::new(64, Duration::from_secs(120), 1);
+            lab.restores.boots = Boots::new(64, Duration::from_secs(120), 1, Accelerator::Tcg);
         }
         let (snapshot, _) = lab.snapshot("reflink", number).await;
         let name = format!("new-{number}");
