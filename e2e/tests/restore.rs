@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use freezeframe_api::conditions::{find, reasons, types};
-use freezeframe_api::v1alpha1::{BootResult, RestorePhase, RunState, VMRestore, VMSnapshot, VMTarget};
+use freezeframe_api::v1alpha1::{BootResult, RestorePhase, RunState, VMRestore, VMSnapshot, VMSnapshotClass, VMTarget};
 use freezeframe_e2e::restores::{restore_phase, restored_images};
 use freezeframe_e2e::snapshots::{checksums, files, images};
 use freezeframe_e2e::{Cache, Disk, Format, World, WorldConfig, await_object, witness};
+use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
@@ -111,9 +112,7 @@ async fn nothing_is_overwritten_without_leave() -> Result<()> {
 }
 
 /// Our guests have no boot loader: the file in the VM's directory says how they start.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restored_guest_is_seen_to_boot() -> Result<()> {
-    let (world, snapshot) = world_with_a_past().await?;
+fn say_how_it_starts(world: &World) -> Result<()> {
     let (cache, kernels) = (Cache::locate()?, world.image_directory(VM));
     for file in ["vmlinuz", "initrd"] {
         std::fs::copy(cache.guest_file(file)?, kernels.join(file))?;
@@ -124,12 +123,37 @@ async fn a_restored_guest_is_seen_to_boot() -> Result<()> {
     });
     let directory = world.directory().join("vms").join(&world.namespace).join(VM);
     // JSON is YAML.
-    std::fs::write(directory.join("target.yaml"), json!({ "boot": boot }).to_string())?;
+    Ok(std::fs::write(directory.join("target.yaml"), json!({ "boot": boot }).to_string())?)
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_guest_is_seen_to_boot() -> Result<()> {
+    let (world, snapshot) = world_with_a_past().await?;
+    say_how_it_starts(&world)?;
     world.apply_restore("tried", &snapshot, json!({"target": {"newVM": "copy-3"}, "verify": "Boot"})).await?;
     let tried = world.await_success("tried").await?;
     let found = tried.status.as_ref().and_then(|status| status.boot.as_ref()).context("no result of booting")?;
     ensure!(found.result == BootResult::AgentAnswered && found.seconds > 0, "{found:?}");
     ensure!(checksums(&restored_images(&tried))? == checksums(&images(&snapshot)?)?, "booting changed the images");
+    world.guest()?.await_records(10, SOON).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_seen_to_boot_while_its_vm_goes_on() -> Result<()> {
+    let world = World::start(WorldConfig::default()).await?;
+    say_how_it_starts(&world)?;
+    let class = json!({
+        "apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMSnapshotClass",
+        "metadata": {"name": "tried"}, "spec": {"verify": "Boot"},
+    });
+    Api::all(world.client.clone())
+        .create(&PostParams::default(), &serde_json::from_value::<VMSnapshotClass>(class)?)
+        .await?;
+    world.guest()?.await_records(20, SOON).await?;
+    let taken = world.take("tried", json!({"vmName": VM, "className": "tried"})).await?;
+    let status = taken.status.as_ref().context("no status")?;
+    let found = status.boot.as_ref().with_context(|| format!("no result of booting: {status:#?}"))?;
+    ensure!(status.ready_to_use && found.result == BootResult::AgentAnswered, "{found:?}");
+    witness::check(&images(&taken)?)?.ensure_frozen()?;
     world.guest()?.await_records(10, SOON).await.map(drop)
 }

@@ -129,7 +129,7 @@ impl Boots {
         let result = trial.watch(begun + self.timeout).await;
         trial.end().await;
         let seconds = i32::try_from(begun.elapsed().as_millis().div_ceil(1000)).unwrap_or(i32::MAX);
-        Ok(BootCheck { result: result?, seconds })
+        Ok(BootCheck { result: result?, seconds, message: None })
     }
 
     fn arguments(&self, disks: &[BootDisk], with: &BootWith, roots: &ImageRoots) -> Result<Vec<String>, BootError> {

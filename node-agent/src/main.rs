@@ -39,6 +39,12 @@ async fn main() -> anyhow::Result<()> {
 
     let mut roots = args.image_roots.clone();
     roots.push(args.vm_root.clone());
+    let boots = Arc::new(Boots::new(
+        args.boot_memory,
+        Duration::from_secs(args.boot_timeout),
+        args.boots_at_once,
+        args.boot_accelerator,
+    ));
     let sessions = Arc::new(Sessions {
         vm_root: args.vm_root.clone(),
         roots: ImageRoots::new(roots),
@@ -46,6 +52,7 @@ async fn main() -> anyhow::Result<()> {
         journal: Journal::open(args.state_dir.join("contents"))?,
         drivers: Drivers::default(),
         stopped: StoppedVms::awaiting_targets(),
+        boots: boots.clone(),
     });
     let client = kube::Client::try_default().await.context("failed to read how to reach the Kubernetes API")?;
     api_reached.open();
@@ -66,16 +73,8 @@ async fn main() -> anyhow::Result<()> {
     };
     tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
     let targets = tokio::spawn(targets.run(shutdown.token()));
-    let restores = Restores {
-        sessions: sessions.clone(),
-        journal: Journal::open(args.state_dir.join("restores"))?,
-        boots: Boots::new(
-            args.boot_memory,
-            Duration::from_secs(args.boot_timeout),
-            args.boots_at_once,
-            args.boot_accelerator,
-        ),
-    };
+    let restores =
+        Restores { sessions: sessions.clone(), journal: Journal::open(args.state_dir.join("restores"))?, boots };
     let restores = restore_controller::Context {
         client: client.clone(),
         restores: Arc::new(restores),

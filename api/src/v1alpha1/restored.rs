@@ -80,6 +80,8 @@ pub enum BootResult {
     ReachedBootLoader,
     /// Nothing was started from the disks.
     NothingBooted,
+    /// It couldn't be tried; the message says why.
+    NotTried,
 }
 
 /// What came of starting a throw-away QEMU from a snapshot's disks.
@@ -90,4 +92,7 @@ pub struct BootCheck {
     pub result: BootResult,
     /// How long that took, in seconds.
     pub seconds: i32,
+    /// Why it couldn't be tried. Absent where it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }

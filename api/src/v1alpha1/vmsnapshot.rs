@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Consistency, ConsistencyEvidence, DiskSelection, DiskSnapshot, Quiesce};
+use super::{BootCheck, Consistency, ConsistencyEvidence, DiskSelection, DiskSnapshot, Quiesce};
 
 /// What happens to the data when the snapshot is deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -143,6 +143,9 @@ pub struct VMSnapshotStatus {
     /// The disks, one entry each. Empty before the cut.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSnapshot>,
+    /// What came of starting from the disks. Absent unless the class's `verify` is `Boot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootCheck>,
     /// The most important condition's message, for `kubectl get -o wide`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,

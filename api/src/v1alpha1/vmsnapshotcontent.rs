@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Limits, Quiesce, Verify,
+    BootCheck, ClassDriver, Consistency, ConsistencyEvidence, DeletionPolicy, DiskSelection, DiskSnapshot, Limits,
+    Quiesce, Verify,
 };
 use crate::names::NodeName;
 
@@ -129,6 +130,9 @@ pub struct VMSnapshotContentStatus {
     /// The disks, one entry each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSnapshot>,
+    /// What came of starting from the disks. Absent unless the class's `verify` is `Boot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootCheck>,
     /// `Accepted`, `Quiesced`, `Ready`, `SpaceLow` once a snapshot that can overflow was nearly full, and from the deletion on `Removed`: True when the node is done with it, by
     /// reason `Deleted` or `Retained` (the data was left alone), False by reason `DeleteFailed` while it can't be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -140,6 +140,18 @@ fn check(content: &TargetFile) -> Result<(), String> {
     Ok(())
 }
 
+/// How a copy of a VM is started to see whether it boots: as the VM's own file says.
+#[must_use]
+pub fn boot_with(root: &Path, vm: &VmKey) -> Option<BootWith> {
+    match read(root, vm) {
+        Ok(found) => found.and_then(|(file, _)| file.boot),
+        Err(error) => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "how the VM starts isn't known");
+            None
+        }
+    }
+}
+
 /// Whether QEMU takes it as the id of a device, and the API as the name of a disk.
 #[must_use]
 pub fn is_device_id(name: &str) -> bool {

@@ -38,6 +38,7 @@ use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
 use crate::crash;
+use crate::hypervisor::target_file;
 use crate::session::journal::{Journal, JournalError};
 use crate::session::outcome::{Failure, chain};
 use crate::session::{Progress, Sessions, cancelled};
@@ -53,7 +54,7 @@ pub struct Restores {
     /// The records.
     pub journal: Journal<RestoreRecord>,
     /// What tries whether disks boot.
-    pub boots: Boots,
+    pub boots: Arc<Boots>,
 }
 
 /// Where a restore's progress is told while it works.
@@ -170,7 +171,7 @@ impl Restores {
         let id = record.order.id();
         let image = |disk: &DiskRestore| BootDisk { path: disk.while_restored(&id), format: disk.format.clone() };
         let images: Vec<_> = record.disks.iter().map(image).collect();
-        let with = new_vm::boot_with(self, &record.order.vm).unwrap_or_default();
+        let with = target_file::boot_with(&self.sessions.vm_root, &record.order.vm).unwrap_or_default();
         let tried = self.boots.check(&images, &with, &self.sessions.roots).await;
         tried.map_err(|error| Failure::new(reasons::VERIFY_FAILED, chain(&error)))
     }

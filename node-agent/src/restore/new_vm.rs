@@ -15,10 +15,9 @@ use rustix::io::Errno;
 use super::Restores;
 use super::record::RestoreRecord;
 use super::source::failed;
-use crate::boot::BootWith;
 use crate::hypervisor::VmKey;
 use crate::hypervisor::target_file::{self, KnownDisk, TargetFile};
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 fn place(restores: &Restores, vm: &VmKey) -> PathBuf {
     restores.sessions.vm_root.join(&vm.namespace).join(&vm.name)
@@ -27,17 +26,6 @@ fn place(restores: &Restores, vm: &VmKey) -> PathBuf {
 /// What a VM's directory is called before it has its name: no VM's name begins with a dot.
 fn aside(record: &RestoreRecord, vm: &VmKey) -> VmKey {
     VmKey { namespace: vm.namespace.clone(), name: format!(".vmrestore-{}", record.order.id()) }
-}
-
-/// How a VM's copy is started to see whether it boots: as its own file says.
-pub fn boot_with(restores: &Restores, vm: &VmKey) -> Option<BootWith> {
-    match target_file::read(&restores.sessions.vm_root, vm) {
-        Ok(found) => found.and_then(|(file, _)| file.boot),
-        Err(error) => {
-            tracing::warn!(error = chain(&error), "how the VM starts isn't known");
-            None
-        }
-    }
 }
 
 /// Makes the VM. May be called again; fails if there is another one of its name.
@@ -95,7 +83,7 @@ fn disks(record: &RestoreRecord) -> Vec<KnownDisk> {
 
 /// Without the old VM's labels: a schedule may go by them.
 fn content(restores: &Restores, record: &RestoreRecord) -> TargetFile {
-    let boot = boot_with(restores, &record.order.vm);
+    let boot = target_file::boot_with(&restores.sessions.vm_root, &record.order.vm);
     TargetFile { disks: disks(record), boot, ..TargetFile::default() }
 }
 

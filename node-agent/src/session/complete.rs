@@ -3,14 +3,16 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{VMSnapshotContentStatus, Verify};
+use freezeframe_api::v1alpha1::{BootCheck, BootResult, VMSnapshotContentStatus, Verify};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::journal::SessionRecord;
 use super::outcome::{self, Failure};
 use super::{Progress, Sessions};
-use crate::drivers::{DiskTask, DriverError, SnapshotDriver, verify};
+use crate::boot::BootDisk;
+use crate::drivers::{Artifact, DiskTask, DriverError, SnapshotDriver, verify};
 use crate::hypervisor::Vm;
+use crate::hypervisor::target_file::boot_with;
 
 /// How often a session that waits for a copy looks whether it is still wanted.
 const LOOK_FOR_CANCEL: Duration = Duration::from_millis(250);
@@ -51,7 +53,23 @@ impl Sessions {
             self.journal.save(record)?;
             completed.map_err(|error| Failure::after_cut(&error))?;
         }
+        if verify == Verify::Boot && record.boot.is_none() {
+            record.boot = Some(self.try_to_boot(record).await);
+        }
         Ok(())
+    }
+
+    /// What comes of it is told, and fails nothing: a guest without an agent is snapshotted as well.
+    async fn try_to_boot(&self, record: &SessionRecord) -> BootCheck {
+        let artifacts = record.tasks.iter().filter_map(|task| task.artifact.as_ref());
+        let disk = |artifact: &Artifact| BootDisk { path: artifact.handle.clone(), format: artifact.format.clone() };
+        let disks: Vec<_> = artifacts.map(disk).collect();
+        let with = boot_with(&self.vm_root, &record.order.vm).unwrap_or_default();
+        self.boots.check(&disks, &with, &self.roots).await.unwrap_or_else(|error| BootCheck {
+            result: BootResult::NotTried,
+            seconds: 0,
+            message: Some(outcome::chain(&error)),
+        })
     }
 
     /// Tells how far the copies are each time they have come a step further, for ever.

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
-use freezeframe_api::v1alpha1::VMSnapshotContentStatus;
+use freezeframe_api::v1alpha1::{BootCheck, VMSnapshotContentStatus};
 use k8s_openapi::jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,9 @@ pub struct SessionRecord {
     pub tasks: Vec<DiskTask>,
     /// What was measured in the window.
     pub measured: Option<Measured>,
+    /// What came of starting from the disks, where that was asked for.
+    #[serde(default)]
+    pub boot: Option<BootCheck>,
     /// What was, or is to be, reported.
     pub status: Option<VMSnapshotContentStatus>,
     /// Whether removing it was begun: an image may have been written to since.
@@ -75,6 +78,7 @@ impl SessionRecord {
             stage: Stage::Open,
             tasks: vec![],
             measured: None,
+            boot: None,
             status: None,
             removing: false,
             begun: Timestamp::now(),

@@ -34,6 +34,7 @@ pub mod window;
 mod window_error;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use freezeframe_api::conditions::reasons;
@@ -41,6 +42,7 @@ use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, Pause, VMSnapshotCon
 use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
+use crate::boot::Boots;
 use crate::crash;
 use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
@@ -67,6 +69,8 @@ pub struct Sessions {
     pub drivers: Drivers,
     /// VMs that don't run.
     pub stopped: StoppedVms,
+    /// What tries whether disks boot.
+    pub boots: Arc<Boots>,
 }
 
 /// What a session asks and tells while it runs.
@@ -96,7 +100,7 @@ impl Sessions {
     /// Whether the snapshot is complete a moment after the cut, so that there is nothing to report in between.
     fn is_instant(&self, record: &SessionRecord) -> bool {
         let is_instant = |task: &DiskTask| self.drivers.find(&task.driver).is_some_and(|driver| driver.is_instant());
-        record.order.verify != Verify::Full && record.tasks.iter().all(is_instant)
+        !matches!(record.order.verify, Verify::Full | Verify::Boot) && record.tasks.iter().all(is_instant)
     }
 
     /// Takes a snapshot, or goes on with one that was interrupted, until there is something to report.

@@ -139,7 +139,8 @@ pub fn cut(record: &SessionRecord) -> VMSnapshotContentStatus {
 #[must_use]
 pub fn ready(record: &SessionRecord) -> VMSnapshotContentStatus {
     let disks = record.tasks.iter().map(|task| cut_disk(record, task)).collect();
-    let mut status = VMSnapshotContentStatus { phase: Some(ContentPhase::Ready), disks, ..measured(record) };
+    let boot = record.boot.clone();
+    let mut status = VMSnapshotContentStatus { phase: Some(ContentPhase::Ready), disks, boot, ..measured(record) };
     conditions(
         &mut status,
         record,

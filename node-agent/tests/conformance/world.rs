@@ -11,6 +11,7 @@ use freezeframe_api::v1alpha1::{
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
+use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::drivers::{Artifact, Drivers};
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::{Vm, VmKey};
@@ -103,6 +104,7 @@ impl World {
             journal: Journal::open(run.path().join("contents")).unwrap(),
             drivers,
             stopped: StoppedVms::with_files_only(),
+            boots: std::sync::Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg)),
         };
         let contents = vec![Content::default(); disks.len()];
         let mut world = Self { machine: None, sessions, disks, contents, epoch: 0, _guard: stop, run, copies, storage };

@@ -9,6 +9,7 @@ use freezeframe_api::v1alpha1::{
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
+use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::drivers::lvm::Lvm;
 use freezeframe_node_agent::drivers::{DiskTask, Drivers, Env, Pace, Removal, SnapshotDriver};
 use freezeframe_node_agent::hypervisor::disks::disks;
@@ -97,6 +98,7 @@ impl World {
             journal: Journal::open(run.path().join("contents")).unwrap(),
             drivers: Drivers::default(),
             stopped: StoppedVms::with_files_only(),
+            boots: std::sync::Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg)),
         };
         Self { machine: None, sessions, volumes: vec![], contents: vec![], epoch: 0, _guard: stop, run }
     }

@@ -11,6 +11,7 @@ use freezeframe_api::v1alpha1::{
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
+use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
@@ -82,6 +83,7 @@ impl Lab {
         let sessions = Sessions {
             drivers: Drivers::default(),
             stopped: StoppedVms::with_files_only(),
+            boots: std::sync::Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg)),
             vm_root: root.join("vms"),
             roots: ImageRoots::new(vec![root.join("images")]),
             guard: Guard::new(root.join("guard.sock")),

@@ -7,6 +7,7 @@ use std::process::Command;
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode};
 use freezeframe_guard::client::Guard;
+use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::restore::order::RestoreOrder;
@@ -54,6 +55,7 @@ async fn the_agent_that_is_killed() {
         journal: Journal::open(run.join("contents")).unwrap(),
         drivers: Drivers::default(),
         stopped: StoppedVms::with_files_only(),
+        boots: std::sync::Arc::new(Boots::new(64, std::time::Duration::from_secs(20), 1, Accelerator::Tcg)),
     };
     let restores = restores(&sessions, &run.join("restores"));
     drop(restores.advance(&order, &Wish::default(), &tokio::sync::watch::Sender::new(None)).await.unwrap());

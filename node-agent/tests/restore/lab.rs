@@ -64,6 +64,7 @@ impl Progress for Wish {
 
 /// The restores of a node whose journal of sessions is in `<run>/contents`.
 pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
+    let boots = Arc::new(Boots::new(64, BOOT, 1, Accelerator::Tcg));
     let sessions = Sessions {
         vm_root: sessions.vm_root.clone(),
         roots: sessions.roots.clone(),
@@ -71,8 +72,8 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
         journal: sessions.journal.clone(),
         drivers: sessions.drivers.clone(),
         stopped: StoppedVms::with_files_only(),
+        boots: boots.clone(),
     };
-    let boots = Boots::new(64, BOOT, 1, Accelerator::Tcg);
     Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap(), boots }
 }
 

@@ -97,7 +97,7 @@ async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
             disk.write_all(&sector(loader)).unwrap();
             lab.world.start().await;
             // As long as the BIOS needs: the loader ends the trial.
-            lab.restores.boots = Boots::new(64, Duration::from_secs(120), 1, Accelerator::Tcg);
+            lab.restores.boots = std::sync::Arc::new(Boots::new(64, Duration::from_secs(120), 1, Accelerator::Tcg));
         }
         let (snapshot, _) = lab.snapshot("reflink", number).await;
         let name = format!("new-{number}");

@@ -140,11 +140,19 @@ impl Draft {
             self.set(types::ACCEPTED, true, reasons::ACCEPTED, "The node has its work order.".into());
         }
         // No `..`: a new field of a node's report doesn't compile until it is shown to the user, or left out on purpose.
-        let VMSnapshotContentStatus { observed_generation: _, phase: _, creation_time, consistency, disks, conditions } =
-            content.status.clone().unwrap_or_default();
+        let VMSnapshotContentStatus {
+            observed_generation: _,
+            phase: _,
+            creation_time,
+            consistency,
+            disks,
+            boot,
+            conditions,
+        } = content.status.clone().unwrap_or_default();
         self.status.creation_time = creation_time;
         self.status.consistency = consistency;
         self.status.disks = disks;
+        self.status.boot = boot;
         for reported in conditions
             .into_iter()
             .filter(|c| [types::ACCEPTED, types::QUIESCED, types::SPACE_LOW].contains(&c.type_.as_str()))
