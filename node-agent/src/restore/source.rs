@@ -29,7 +29,8 @@ pub fn snapshot(restores: &Restores, order: &RestoreOrder) -> Result<SessionReco
         return Err(Failure::refused(reasons::SNAPSHOT_NOT_FOUND, message));
     }
     match record.stage {
-        Stage::Complete => Ok(record),
+        // Once its removal was begun, its images may have been written to.
+        Stage::Complete if !record.removing => Ok(record),
         _ => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, "the snapshot isn't complete on this node, or is gone")),
     }
 }

@@ -89,7 +89,8 @@ fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Resul
     let uid = record.order.pre_restore.as_deref();
     let uid = uid.ok_or_else(|| missing("the order names no snapshot of the state before".into()))?;
     let kept = restores.sessions.journal.load(uid)?.filter(|kept| {
-        kept.stage == Stage::Complete && kept.order.vm == record.order.vm && kept.order.uid != record.order.source
+        let whole = kept.stage == Stage::Complete && !kept.removing;
+        whole && kept.order.vm == record.order.vm && kept.order.uid != record.order.source
     });
     let kept = kept.ok_or_else(|| missing("the snapshot of the state before isn't complete on this node".into()))?;
     for disk in &record.disks {
