@@ -79,7 +79,7 @@ impl Restores {
         let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress, told).await };
         record.order.generation = order.generation;
         match record.stage {
-            Stage::Open => self.work(&mut record, progress, told).await,
+            Stage::Open => self.work_again(&mut record, progress, told).await,
             Stage::Switching => self.switch_again(&mut record).await,
             Stage::Failed => self.take_back(&mut record).await,
             Stage::Done | Stage::TakenBack => Ok(Turn::Over(Box::new(record.status.unwrap_or_default()))),
@@ -87,8 +87,8 @@ impl Restores {
     }
 
     async fn begin(&self, order: &RestoreOrder, progress: &dyn Progress, told: &Told) -> Result<Turn, JournalError> {
-        if source::is_moving(self, order)? {
-            return Ok(Turn::Again(Box::new(outcome::waiting(order, "a snapshot of the VM is being deleted"))));
+        if let Some(going) = source::is_moving(self, order)? {
+            return Ok(Turn::Again(Box::new(outcome::waiting(order, &going))));
         }
         let disks = match self.before(order, progress).await {
             Ok(disks) => disks,
@@ -121,6 +121,23 @@ impl Restores {
             stop::see_stopped(self, order, &disks, progress).await?;
         }
         Ok(disks)
+    }
+
+    /// A crash came in between, and the VM's turn was free: another snapshot may have been removed, and what the record
+    /// names may be another's data since.
+    async fn work_again(
+        &self,
+        record: &mut RestoreRecord,
+        progress: &dyn Progress,
+        told: &Told,
+    ) -> Result<Turn, JournalError> {
+        if let Some(going) = source::is_moving(self, &record.order)? {
+            return Ok(Turn::Again(Box::new(outcome::stuck(record, &going))));
+        }
+        match source::check_unmoved(self, record) {
+            Ok(()) => self.work(record, progress, told).await,
+            Err(failure) => self.fail(record, &failure).await,
+        }
     }
 
     async fn work(
@@ -224,7 +241,9 @@ impl Restores {
         });
         match published {
             Ok(()) => self.done(record),
-            Err(failure) if record.order.new_vm.is_some() => self.fail(record, &failure).await,
+            Err(failure) if record.order.new_vm.is_some() && !new_vm::is_published(self, record) => {
+                self.fail(record, &failure).await
+            }
             Err(failure) => {
                 tracing::error!(message = failure.message, "a restore can't be finished yet");
                 Ok(Turn::Again(Box::new(outcome::stuck(record, &failure.message))))

@@ -202,3 +202,30 @@ async fn a_vm_that_was_started_after_a_crash_keeps_what_it_wrote() {
     )
     .await;
 }
+
+/// The agent was down when the VM's turn came to a deletion: the name that was planned for has other data then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_goes_on_does_not_take_another_snapshots_data_for_its_own() {
+    for point in ["restore-planned", "restore-made"] {
+        let mut lab = Lab::of(CASES[0]).await;
+        let mut snapshots = vec![];
+        for number in 1..=3 {
+            lab.world.write().await;
+            snapshots.push(lab.snapshot("overlay", number).await.0);
+        }
+        lab.world.quit().await;
+        let order = RestoreOrder { mode: RestoreMode::Full, ..lab.order_in_place(&snapshots[0], &snapshots[2]) };
+        killed_at(&lab, &order, point);
+        assert_eq!(lab.delete(&snapshots[0]).await, None);
+        let status = lab.advance(&order).await;
+        let (found, message) = why(&status);
+        assert_eq!(
+            (status.phase, found.as_str()),
+            (Some(RestoreContentPhase::Failed), reasons::SNAPSHOT_NOT_READY),
+            "{message}"
+        );
+        let left: Vec<_> = lab.files().into_iter().filter(|file| file.contains("vmrestore-")).collect();
+        assert!(left.is_empty(), "{left:?}");
+        lab.world.check_images();
+    }
+}
