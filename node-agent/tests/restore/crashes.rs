@@ -27,12 +27,13 @@ const IN_PLACE: [&str; 7] = [
     "restore-switched",
     "restore-done",
 ];
-const TO_NEW: [&str; 6] = [
+const TO_NEW: [&str; 7] = [
     "restore-planned",
     "restore-made",
     "restore-switching",
     "restore-switched-one",
     "restore-switched",
+    "restore-published",
     "restore-done",
 ];
 
@@ -159,10 +160,15 @@ async fn a_new_vm_whose_making_is_killed_anywhere_is_there_or_not() {
         let before = lab.files();
         let directory = lab.world.sessions.vm_root.join("shop/new");
         killed_at(&lab, &order, point);
-        assert_eq!(directory.exists(), point == "restore-done");
+        let published = ["restore-published", "restore-done"].contains(&point);
+        assert_eq!(directory.exists(), published);
+        if published {
+            // Its owner has it from then on.
+            std::fs::write(directory.join("target.yaml"), "labels: {app: mine}").unwrap();
+        }
         if deleted {
             assert!(lab.restores.delete(&order, None).await.unwrap().over);
-            assert_eq!(lab.files() == before, point != "restore-done", "{:?}", lab.files());
+            assert_eq!(lab.files() == before, !published, "{:?}", lab.files());
         } else {
             let images = lab.restore(&order).await;
             for (image, content) in images.iter().zip(&taken) {
