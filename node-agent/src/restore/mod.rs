@@ -38,6 +38,7 @@ use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
 use crate::crash;
+use crate::hypervisor::lock::ImageLock;
 use crate::session::journal::{Journal, JournalError};
 use crate::session::outcome::{Failure, chain};
 use crate::session::{Progress, Sessions, cancelled};
@@ -218,19 +219,26 @@ impl Restores {
         record.stage = Stage::Switching;
         self.journal.save(record)?;
         crash::point("restore-switching");
-        let turn = self.finish(record).await;
-        // Not before: no QEMU opens an old image while names change hands.
-        drop(held);
-        turn
+        self.finish_held(record, held).await
     }
 
     /// A crash came in between. Where no name has changed hands the VM may have run since.
     async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         match switch::has_begun(self, record) {
-            Ok(true) => self.finish(record).await,
+            Ok(true) => match switch::hold_the_rest(self, record).await {
+                Ok(held) => self.finish_held(record, held).await,
+                Err(failure) => Ok(not_yet(record, &failure.message)),
+            },
             Ok(false) => self.switch(record).await,
-            Err(error) => Ok(Turn::Again(Box::new(outcome::stuck(record, &chain(&error))))),
+            Err(error) => Ok(not_yet(record, &chain(&error))),
         }
+    }
+
+    /// The locks go last: no QEMU opens an old image while names change hands.
+    async fn finish_held(&self, record: &mut RestoreRecord, held: Vec<ImageLock>) -> Result<Turn, JournalError> {
+        let turn = self.finish(record).await;
+        drop(held);
+        turn
     }
 
     async fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
@@ -244,10 +252,7 @@ impl Restores {
             Err(failure) if record.order.new_vm.is_some() && !new_vm::is_published(self, record) => {
                 self.fail(record, &failure).await
             }
-            Err(failure) => {
-                tracing::error!(message = failure.message, "a restore can't be finished yet");
-                Ok(Turn::Again(Box::new(outcome::stuck(record, &failure.message))))
-            }
+            Err(failure) => Ok(not_yet(record, &failure.message)),
         }
     }
 
@@ -269,4 +274,9 @@ impl Restores {
         crash::point("restore-failed");
         self.take_back(record).await
     }
+}
+
+fn not_yet(record: &RestoreRecord, why: &str) -> Turn {
+    tracing::error!(why, "a restore can't be finished yet");
+    Turn::Again(Box::new(outcome::stuck(record, why)))
 }

@@ -48,6 +48,17 @@ impl Names {
     fn is_replaced_at(&self, name: &str) -> Result<bool> {
         self.is(name, self.replaced)
     }
+
+    /// Whether a name has changed hands. Another file of the disk's name says nothing of that: it may be anybody's.
+    fn has_begun(&self) -> Result<bool> {
+        let left = self.is_replaced_at(&self.away)? || self.is_replaced_at(&self.unfinished)?;
+        Ok(left || (!self.is(&self.unfinished, self.made)? && !self.is_replaced_at(&self.disk)?))
+    }
+
+    /// Whether the new image got the disk's name. It need not have it any more: the VM may have been cut since.
+    fn is_finished(&self) -> Result<bool> {
+        Ok(!self.is(&self.unfinished, self.made)? && !self.is_replaced_at(&self.disk)?)
+    }
 }
 
 fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
@@ -60,7 +71,7 @@ fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
 /// Whether a disk's name has changed hands, so that there is no way back.
 pub fn has_begun(restores: &Restores, record: &RestoreRecord) -> Result<bool> {
     for names in all(restores, record)? {
-        if names.replaced.is_some() && !names.is_replaced_at(&names.disk)? {
+        if names.replaced.is_some() && names.has_begun()? {
             return Ok(true);
         }
     }
@@ -76,11 +87,50 @@ pub async fn make_ready(
     let held = hold_images(restores, &record.disks).await?;
     // Once more: a VM that was started before the locks were had has its monitor by now, or fails to open its disks.
     not_running(restores, &record.order.vm).await?;
+    check_made(restores, record)?;
     let cut_at = check_kept(restores, record)?;
     for disk in &mut record.disks {
         disk.replaced = Some(check_unchanged(restores, disk, cut_at)?);
     }
     Ok(held)
+}
+
+/// Sees to it that nobody uses the old images that still have their names, or starts the VM, while others are gone from
+/// theirs. Where every disk has its new image the VM may run.
+pub async fn hold_the_rest(
+    restores: &Restores,
+    record: &RestoreRecord,
+) -> std::result::Result<Vec<ImageLock>, Failure> {
+    if record.order.new_vm.is_some() {
+        return Ok(vec![]);
+    }
+    let all = all(restores, record).map_err(|error| failed(&error))?;
+    let mut rest = vec![];
+    let mut finished = true;
+    for (names, disk) in all.iter().zip(&record.disks) {
+        finished &= names.is_finished().map_err(|error| failed(&error))?;
+        if names.is_replaced_at(&names.disk).map_err(|error| failed(&error))? {
+            rest.push(disk.clone());
+        }
+    }
+    if finished {
+        return Ok(vec![]);
+    }
+    not_running(restores, &record.order.vm).await?;
+    let held = hold_images(restores, &rest).await?;
+    not_running(restores, &record.order.vm).await?;
+    Ok(held)
+}
+
+/// Every new image is there to get its disk's name: once old ones are gone from theirs, it would be too late.
+fn check_made(restores: &Restores, record: &RestoreRecord) -> std::result::Result<(), Failure> {
+    for names in all(restores, record).map_err(|error| failed(&error))? {
+        if !names.is(&names.unfinished, names.made).map_err(|error| failed(&error))? {
+            let message = format!("{} is gone", names.directory.join(&names.unfinished).display());
+            return Err(Failure::new(reasons::RESTORE_FAILED, message));
+        }
+    }
+    Ok(())
 }
 
 /// The snapshot of the state before has every disk that is replaced; returns when it was cut.
@@ -143,7 +193,7 @@ pub fn give_names(restores: &Restores, record: &RestoreRecord) -> Result<()> {
         }
     }
     for names in &all {
-        if !names.is(&names.disk, names.made)? {
+        if !names.is_finished()? {
             return Err(ImageError::NotRegular(names.directory.join(&names.disk)));
         }
     }

@@ -9,6 +9,7 @@ use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode};
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::restore::Turn;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
@@ -17,6 +18,7 @@ use freezeframe_node_agent::session::machine::StoppedVms;
 use crate::cases::for_every;
 use crate::content::Content;
 use crate::lab::{CASES, Lab, Wish, restores, why};
+use crate::machine::Machine;
 
 const IN_PLACE: [&str; 7] = [
     "restore-planned",
@@ -234,4 +236,60 @@ async fn a_restore_that_goes_on_does_not_take_another_snapshots_data_for_its_own
         assert!(left.is_empty(), "{left:?}");
         lab.world.check_images();
     }
+}
+
+/// Somebody replaces one disk's image after the crash, with the VM at rest: nothing of ours has begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_somebody_else_is_not_taken_for_a_name_that_changed_hands() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-switching");
+    let (mine, other) = (&set.lab.world.disks[0].file, &set.lab.world.disks[1].file);
+    let copied = mine.with_extension("copied");
+    std::fs::copy(mine, &copied).unwrap();
+    std::fs::rename(&copied, mine).unwrap();
+    let (own, other_before) = (std::fs::read(mine).unwrap(), std::fs::read(other).unwrap());
+    let status = set.lab.advance(&set.order).await;
+    let (found, message) = why(&status);
+    assert_eq!((status.phase, found.as_str()), (Some(RestoreContentPhase::Failed), reasons::VM_CHANGED), "{message}");
+    assert!(std::fs::read(mine).unwrap() == own && std::fs::read(other).unwrap() == other_before);
+    set.check_tidy();
+}
+
+/// The names have changed hands, only the record doesn't say so yet: the VM is started and its disks are cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_whose_disks_were_cut_before_it_was_done_comes_to_its_end() {
+    for deleted in [false, true] {
+        let mut set = InPlace::new(0).await;
+        killed_at(&set.lab, &set.order, "restore-switched");
+        set.lab.world.contents.clone_from(&set.old);
+        set.lab.world.start().await;
+        set.lab.world.write().await;
+        set.lab.snapshot("overlay", 3).await;
+        set.lab.world.write().await;
+        if deleted {
+            assert!(set.lab.restores.delete(&set.order, None).await.unwrap().over);
+        } else {
+            set.lab.restore(&set.order).await;
+        }
+        set.check_tidy();
+        set.lab.world.check_guest().await;
+    }
+}
+
+/// With one disk gone from its name, a QEMU has the other: the restore waits for it to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_open_elsewhere_is_not_renamed_though_another_was() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-away");
+    let left = set.lab.world.disks.iter().find(|disk| disk.file.exists()).unwrap();
+    let directory = set.lab.world.sessions.vm_root.join("shop/other");
+    std::fs::create_dir_all(&directory).unwrap();
+    let machine = Machine::start(&directory, std::slice::from_ref(left)).await;
+    let (wish, told) = (Wish::default(), tokio::sync::watch::Sender::new(None));
+    let turn = set.lab.restores.advance(&set.order, &wish, &told).await.unwrap();
+    let Turn::Again(status) = turn else { panic!("it goes on") };
+    assert!(why(&status).1.contains("open in another process"), "{:?}", why(&status));
+    machine.quit().await;
+    set.lab.restore(&set.order).await;
+    assert_eq!(set.reads().as_ref(), Some(&set.old));
 }
