@@ -77,13 +77,19 @@ impl Restores {
         progress: &dyn Progress,
         told: &Told,
     ) -> Result<Turn, JournalError> {
-        let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress, told).await };
+        let stopped = |record: &RestoreRecord| record.stage == Stage::Stopped;
+        let same =
+            |record: &RestoreRecord| (record.order.step, record.order.generation) == (order.step, order.generation);
+        let found = self.journal.load(&order.uid)?.filter(|record| !stopped(record) || same(record));
+        let Some(mut record) = found else { return self.begin(order, progress, told).await };
         record.order.generation = order.generation;
         match record.stage {
             Stage::Open => self.work_again(&mut record, progress, told).await,
             Stage::Switching => self.switch_again(&mut record).await,
             Stage::Failed => self.take_back(&mut record).await,
-            Stage::Done | Stage::TakenBack => Ok(Turn::Over(Box::new(record.status.unwrap_or_default()))),
+            Stage::Stopped | Stage::Done | Stage::TakenBack => {
+                Ok(Turn::Over(Box::new(record.status.unwrap_or_default())))
+            }
         }
     }
 
@@ -95,13 +101,13 @@ impl Restores {
             Ok(disks) => disks,
             Err(failure) => {
                 tracing::warn!(reason = failure.reason, message = failure.message, "the restore was refused");
-                return Ok(Turn::Over(Box::new(outcome::failed(order, &[], &failure))));
+                return self.stop_or_plan_ended(order, Stage::TakenBack, outcome::failed(order, &[], &failure));
             }
         };
-        let report = |phase| Ok(Turn::Over(Box::new(outcome::planned(order, &disks, phase))));
+        let planned = |phase| outcome::planned(order, &disks, phase);
         match order.step {
-            RestoreStep::Plan => report(RestoreContentPhase::Planned),
-            RestoreStep::Stop => report(RestoreContentPhase::Stopped),
+            RestoreStep::Plan => Ok(Turn::Over(Box::new(planned(RestoreContentPhase::Planned)))),
+            RestoreStep::Stop => self.stop_or_plan_ended(order, Stage::Stopped, planned(RestoreContentPhase::Stopped)),
             RestoreStep::Restore => {
                 tracing::info!(disks = disks.len(), "bringing disks back");
                 let mut record = RestoreRecord::new(order, disks);
@@ -110,6 +116,21 @@ impl Restores {
                 self.work(&mut record, progress, told).await
             }
         }
+    }
+
+    /// What stopping the VM came to is on record: it isn't shut down a second time if that can't be reported at once, or
+    /// is asked again.
+    fn stop_or_plan_ended(
+        &self,
+        order: &RestoreOrder,
+        stage: Stage,
+        status: VMRestoreContentStatus,
+    ) -> Result<Turn, JournalError> {
+        if order.step == RestoreStep::Stop {
+            let record = RestoreRecord { stage, status: Some(status.clone()), ..RestoreRecord::new(order, vec![]) };
+            self.journal.save(&record)?;
+        }
+        Ok(Turn::Over(Box::new(status)))
     }
 
     /// Everything before something is made.

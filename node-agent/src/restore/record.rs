@@ -12,6 +12,8 @@ use crate::session::journal::Record;
 /// How far a restore came, for whoever finds its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
+    /// The VM was seen to be stopped, and nothing else was done: that is not done again.
+    Stopped,
     /// Images are being made under names of their own: it can go on, or be taken back.
     Open,
     /// All images are made, and get the disks' names. Once the first has it, it can only go on.

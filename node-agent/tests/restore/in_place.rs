@@ -1,5 +1,6 @@
 //! A stopped VM's disks put back, and the restore undone by another.
 
+use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
@@ -82,4 +83,23 @@ async fn a_vm_that_may_be_stopped_is_shut_down_and_by_force_if_its_guest_does_no
     let status = lab.advance(&order).await;
     assert_eq!(status.phase, Some(RestoreContentPhase::Stopped));
     assert!(status.disks.iter().all(|disk| disk.message.as_ref().unwrap().contains("kept")));
+    // Again, after somebody started it: that is theirs to do, and is noticed before anything is replaced.
+    lab.world.start().await;
+    let status = lab.advance(&order).await;
+    assert_eq!(status.phase, Some(RestoreContentPhase::Stopped));
+    lab.world.check_guest().await;
+    lab.refused(&RestoreOrder { step: RestoreStep::Restore, generation: Some(2), ..order }, reasons::VM_RUNNING).await;
+    lab.world.check_guest().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_could_not_be_stopped_is_not_shut_down_later() {
+    let case = CASES[0];
+    let mut lab = Lab::of(case).await;
+    lab.world.write().await;
+    let (old, _) = lab.snapshot(case.driver, 1).await;
+    let order = RestoreOrder { step: RestoreStep::Stop, ..lab.order(&old) };
+    lab.refused(&order, reasons::VM_RUNNING).await;
+    lab.refused(&RestoreOrder { stop_vm: true, ..order }, reasons::VM_RUNNING).await;
+    lab.world.check_guest().await;
 }
