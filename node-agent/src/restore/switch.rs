@@ -7,7 +7,6 @@
 //! Everything is looked up by what the files are, so that it may be called again after a crash.
 
 use freezeframe_api::conditions::reasons;
-use k8s_openapi::jiff::Timestamp;
 
 use super::Restores;
 use super::record::{DiskRestore, Method, RestoreRecord};
@@ -17,7 +16,8 @@ use crate::crash;
 use crate::drivers::overlay::dependents;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
 use crate::hypervisor::lock::ImageLock;
-use crate::session::journal::Stage;
+use crate::session::at_rest::FileState;
+use crate::session::journal::{SessionRecord, Stage};
 use crate::session::outcome::Failure;
 
 type Result<T> = std::result::Result<T, ImageError>;
@@ -88,9 +88,9 @@ pub async fn make_ready(
     // Once more: a VM that was started before the locks were had has its monitor by now, or fails to open its disks.
     not_running(restores, &record.order.vm).await?;
     check_made(restores, record)?;
-    let cut_at = check_kept(restores, record)?;
+    let kept = check_kept(restores, record)?;
     for disk in &mut record.disks {
-        disk.replaced = Some(check_unchanged(restores, disk, cut_at)?);
+        disk.replaced = Some(check_unchanged(restores, disk, &kept)?);
     }
     Ok(held)
 }
@@ -133,8 +133,8 @@ fn check_made(restores: &Restores, record: &RestoreRecord) -> std::result::Resul
     Ok(())
 }
 
-/// The snapshot of the state before has every disk that is replaced; returns when it was cut.
-fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<Timestamp, Failure> {
+/// The snapshot of the state before has every disk that is replaced.
+fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<SessionRecord, Failure> {
     let missing = |what: String| Failure::new(reasons::PRE_RESTORE_FAILED, what);
     let uid = record.order.pre_restore.as_deref();
     let uid = uid.ok_or_else(|| missing("the order names no snapshot of the state before".into()))?;
@@ -152,20 +152,31 @@ fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Resul
             return Err(Failure::new(reasons::VM_CHANGED, message));
         }
     }
-    kept.measured.map(|measured| measured.cut_at).ok_or_else(|| missing("when it was kept isn't known".into()))
+    Ok(kept)
 }
 
 /// Nothing was written since the state before was kept, and no image needs the one that goes.
-fn check_unchanged(restores: &Restores, disk: &DiskRestore, cut_at: Timestamp) -> std::result::Result<FileId, Failure> {
+fn check_unchanged(
+    restores: &Restores,
+    disk: &DiskRestore,
+    kept: &SessionRecord,
+) -> std::result::Result<FileId, Failure> {
     let changed = |what: String| Failure::new(reasons::VM_CHANGED, what);
+    let path = disk.path.display();
+    let then = kept.at_rest.iter().find(|then| then.disk == disk.disk);
+    let unknown = || changed(format!("{path} wasn't at rest all the time while its state was kept"));
+    let then = then.ok_or_else(unknown)?.file;
     let (directory, name) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
-    let found = directory.id(&name).map_err(|error| failed(&error))?;
-    let found = found.ok_or_else(|| changed(format!("{} is gone", disk.path.display())))?;
-    let written = directory.written_at(&name).map_err(|error| failed(&error))?;
-    if written > cut_at {
-        let message = format!("{} was written at {written}, after its state was kept at {cut_at}", disk.path.display());
-        return Err(changed(message));
+    let found = match FileState::of(&directory, &name) {
+        Err(error) if error.is_not_found() => return Err(changed(format!("{path} is gone"))),
+        found => found.map_err(|error| failed(&error))?,
+    };
+    if found != then {
+        return Err(changed(format!(
+            "{path} isn't what it was when its state was kept: it was written to, or replaced"
+        )));
     }
+    let found = found.id;
     match dependents(&directory, found).map_err(|error| failed(&error))?.first() {
         None => Ok(found),
         Some(other) => Err(changed(format!("{other} was made on top of {}", disk.path.display()))),

@@ -91,8 +91,7 @@ impl InPlace {
         lab.world.write().await;
         let (snapshot, old) = lab.snapshot(case.driver, 1).await;
         lab.world.write().await;
-        let (kept, before) = lab.snapshot(case.driver, 2).await;
-        lab.world.quit().await;
+        let (kept, before) = lab.stop_and_keep(case.driver, 2).await;
         let order = lab.order_in_place(&snapshot, &kept);
         Self { lab, order, old, before }
     }

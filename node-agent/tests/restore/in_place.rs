@@ -6,6 +6,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 
 use crate::cases::for_every;
 use crate::lab::{CASES, Lab};
+use crate::storage::run;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept() {
@@ -59,13 +60,32 @@ async fn one_disk_alone_is_put_back_and_the_other_stays() {
         lab.world.write().await;
         let (old, old_data) = lab.snapshot(case.driver, 1).await;
         lab.world.write().await;
-        let (before, before_data) = lab.snapshot(case.driver, 2).await;
-        lab.world.quit().await;
+        let (before, before_data) = lab.stop_and_keep(case.driver, 2).await;
         let order = RestoreOrder { include: vec!["vd1".into()], ..lab.order_in_place(&old, &before) };
         lab.restore(&order).await;
         lab.check_disks(&[before_data[0].clone(), old_data[1].clone()]);
     })
     .await;
+}
+
+/// QEMU writes such bitmaps when it closes the image: after the cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_whose_bitmaps_are_stored_when_it_is_closed_is_put_back() {
+    for case in [CASES[5], CASES[2]] {
+        let mut lab = Lab::of(case).await;
+        lab.world.write().await;
+        lab.world.quit().await;
+        for disk in &lab.world.disks {
+            run(&format!("qemu-img bitmap --add -f qcow2 {} b0", disk.file.display()), &[]);
+        }
+        lab.world.start().await;
+        let (old, old_data) = lab.snapshot(case.driver, 1).await;
+        lab.world.write().await;
+        let (before, _) = lab.stop_and_keep(case.driver, 2).await;
+        let order = lab.order_in_place(&old, &before);
+        lab.restore(&order).await;
+        lab.check_disks(&old_data);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,12 +45,31 @@ async fn a_vm_whose_monitor_is_out_of_reach_is_seen_by_its_locks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_after_the_state_was_kept_is_not_overwritten() {
     for case in CASES {
-        let (mut lab, order) = with_snapshots(*case).await;
+        let mut lab = Lab::of(*case).await;
+        lab.world.write().await;
+        let (old, _) = lab.snapshot(case.driver, 1).await;
+        lab.world.write().await;
+        let (before, _) = lab.stop_and_keep(case.driver, 2).await;
+        lab.world.start().await;
         lab.world.write().await;
         lab.world.quit().await;
+        // As by a clock that was set back, or that isn't ours.
+        for disk in &lab.world.disks {
+            run("touch -d 2001-01-01", &[&disk.file]);
+        }
+        let order = lab.order_in_place(&old, &before);
         lab.refused(&order, reasons::VM_CHANGED).await;
         lab.world.check_images();
     }
+}
+
+/// It may have written after the cut, and ended since.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_state_of_a_vm_that_ran_is_not_taken_for_what_it_is_at_rest() {
+    let (mut lab, order) = with_snapshots(CASES[0]).await;
+    lab.world.quit().await;
+    lab.refused(&order, reasons::VM_CHANGED).await;
+    lab.world.check_images();
 }
 
 #[tokio::test(flavor = "multi_thread")]
