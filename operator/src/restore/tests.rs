@@ -300,6 +300,23 @@ fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
 }
 
 #[test]
+fn a_node_that_does_not_answer_is_told_of() {
+    let silent =
+        |observed: &Observed, now| told(&plan(observed, at(now))).message.as_ref().unwrap().contains("doesn't answer");
+    let mut observed = at_step(observed(in_place()), RestoreStep::Stop, None);
+    let content = observed.content.as_mut().unwrap();
+    content.status = None;
+    content.metadata.creation_timestamp = Some(Time(at(100)));
+    let patience = 300 + i64::try_from(std::time::Duration::from(content.spec.stop_timeout).as_secs()).unwrap();
+    assert!(!silent(&observed, 100 + patience));
+    assert!(silent(&observed, 101 + patience));
+
+    observed.restore.metadata.deletion_timestamp = Some(Time(at(2000)));
+    assert!(!silent(&observed, 2300));
+    assert!(silent(&observed, 2301));
+}
+
+#[test]
 fn a_content_that_is_gone_is_no_success() {
     let mut observed = observed(in_place());
     observed.restore.status.get_or_insert_default().content_name = Some("vmrestore-0b0c0d0e-f".into());
