@@ -316,12 +316,12 @@ mod tests {
             (Restore, Stopped, 2, false),
             (Stop, Planned, 2, false),
         ] {
-            let content = content(step, json!({"phase": phase, "observedGeneration": observed}));
+            let content = content(step, &json!({"phase": phase, "observedGeneration": observed}));
             assert_eq!(is_reported_over(&content), over, "{step:?} {phase:?} {observed}");
         }
     }
 
-    fn content(step: RestoreStep, status: serde_json::Value) -> VMRestoreContent {
+    fn content(step: RestoreStep, status: &serde_json::Value) -> VMRestoreContent {
         serde_json::from_value(json!({
             "apiVersion": "freezeframe.dev/v1alpha1",
             "kind": "VMRestoreContent",

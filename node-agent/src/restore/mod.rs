@@ -16,6 +16,7 @@
 //! or was cancelled is taken back, unless a name has changed hands: then it goes on.
 
 pub mod controller;
+mod finish;
 mod links;
 mod make;
 mod new_vm;
@@ -38,7 +39,6 @@ use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
 use crate::crash;
-use crate::hypervisor::lock::ImageLock;
 use crate::session::journal::{Journal, JournalError};
 use crate::session::outcome::{Failure, chain};
 use crate::session::{Progress, Sessions, cancelled};
@@ -228,65 +228,6 @@ impl Restores {
         Ok(())
     }
 
-    /// From complete images to done.
-    async fn switch(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        let held = match record.order.new_vm {
-            None => match switch::make_ready(self, record).await {
-                Ok(held) => held,
-                Err(failure) => return self.fail(record, &failure).await,
-            },
-            Some(_) => vec![],
-        };
-        record.stage = Stage::Switching;
-        self.journal.save(record)?;
-        crash::point("restore-switching");
-        self.finish_held(record, held).await
-    }
-
-    /// A crash came in between. Where no name has changed hands the VM may have run since.
-    async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        match switch::has_begun(self, record) {
-            Ok(true) => match switch::hold_the_rest(self, record).await {
-                Ok(held) => self.finish_held(record, held).await,
-                Err(failure) => Ok(not_yet(record, &failure.message)),
-            },
-            Ok(false) => self.switch(record).await,
-            Err(error) => Ok(not_yet(record, &chain(&error))),
-        }
-    }
-
-    /// The locks go last: no QEMU opens an old image while names change hands.
-    async fn finish_held(&self, record: &mut RestoreRecord, held: Vec<ImageLock>) -> Result<Turn, JournalError> {
-        let turn = self.finish(record).await;
-        drop(held);
-        turn
-    }
-
-    async fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        let named = switch::give_names(self, record).map_err(|error| source::failed(&error));
-        let published = named.and_then(|()| match record.order.new_vm.clone() {
-            Some(vm) => new_vm::publish(self, record, &vm),
-            None => Ok(()),
-        });
-        match published {
-            Ok(()) => self.done(record),
-            Err(failure) if record.order.new_vm.is_some() && !new_vm::is_published(self, record) => {
-                self.fail(record, &failure).await
-            }
-            Err(failure) => Ok(not_yet(record, &failure.message)),
-        }
-    }
-
-    fn done(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        record.stage = Stage::Done;
-        let status = outcome::succeeded(record);
-        record.status = Some(status.clone());
-        self.journal.save(record)?;
-        crash::point("restore-done");
-        tracing::info!("the restore is complete");
-        Ok(Turn::Over(Box::new(status)))
-    }
-
     async fn fail(&self, record: &mut RestoreRecord, failure: &Failure) -> Result<Turn, JournalError> {
         tracing::warn!(reason = failure.reason, message = failure.message, "the restore failed");
         record.stage = Stage::Failed;
@@ -295,9 +236,4 @@ impl Restores {
         crash::point("restore-failed");
         self.take_back(record).await
     }
-}
-
-fn not_yet(record: &RestoreRecord, why: &str) -> Turn {
-    tracing::error!(why, "a restore can't be finished yet");
-    Turn::Again(Box::new(outcome::stuck(record, why)))
 }
