@@ -55,9 +55,11 @@ impl Names {
         Ok(left || (!self.is(&self.unfinished, self.made)? && !self.is_replaced_at(&self.disk)?))
     }
 
-    /// Whether the new image got the disk's name. It need not have it any more: the VM may have been cut since.
+    /// Whether the new image got the disk's name. It need not have it any more: the VM may have been cut since. But then
+    /// another has.
     fn is_finished(&self) -> Result<bool> {
-        Ok(!self.is(&self.unfinished, self.made)? && !self.is_replaced_at(&self.disk)?)
+        let left = self.is(&self.unfinished, self.made)? || self.is_replaced_at(&self.disk)?;
+        Ok(!left && self.directory.id(&self.disk)?.is_some())
     }
 }
 

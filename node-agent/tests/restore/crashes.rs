@@ -292,3 +292,16 @@ async fn a_disk_that_is_open_elsewhere_is_not_renamed_though_another_was() {
     set.lab.restore(&set.order).await;
     assert_eq!(set.reads().as_ref(), Some(&set.old));
 }
+
+/// Old images are away from their names, and somebody tidies up: what was replaced isn't let go of.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_image_is_kept_where_the_new_one_is_gone() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-switched-one");
+    let unfinished = set.lab.files().into_iter().find(|file| file.contains("vmrestore-")).unwrap();
+    std::fs::remove_file(set.lab.world.storage.images().join(unfinished)).unwrap();
+    let (wish, told) = (Wish::default(), tokio::sync::watch::Sender::new(None));
+    let turn = set.lab.restores.advance(&set.order, &wish, &told).await.unwrap();
+    assert!(matches!(turn, Turn::Again(_)));
+    assert_eq!(set.lab.files().iter().filter(|file| file.contains("vmreplaced-")).count(), 2);
+}
