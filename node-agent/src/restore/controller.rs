@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{RestoreContentPhase, VMRestoreContent, VMRestoreContentStatus};
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreStep, VMRestoreContent, VMRestoreContentStatus};
 use futures::StreamExt;
 use kube::api::ListParams;
 use kube::runtime::controller::{Action, Config as ControllerConfig};
@@ -123,10 +123,16 @@ async fn serve(content: &VMRestoreContent, order: &RestoreOrder, shared: &Shared
     Ok(action)
 }
 
-/// Whether the content says already how it ended: a VM isn't shut down a second time for a failure.
+/// Whether the content says already how its step ended: a VM isn't shut down a second time, neither for a failure nor
+/// because somebody started it since.
 fn is_reported_over(content: &VMRestoreContent) -> bool {
     let Some(status) = &content.status else { return false };
-    let over = matches!(status.phase, Some(RestoreContentPhase::Failed | RestoreContentPhase::Succeeded));
+    let over = match status.phase {
+        Some(RestoreContentPhase::Failed | RestoreContentPhase::Succeeded) => true,
+        Some(RestoreContentPhase::Planned) => content.spec.step == RestoreStep::Plan,
+        Some(RestoreContentPhase::Stopped) => content.spec.step == RestoreStep::Stop,
+        Some(RestoreContentPhase::Restoring) | None => false,
+    };
     over && status.observed_generation == content.metadata.generation
 }
 
@@ -288,5 +294,48 @@ async fn sweep(shared: Arc<Shared>, node: String) {
                 Err(error) => tracing::warn!(%error, "a restore whose object is gone can't be ended"),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_step_that_was_reported_is_not_done_again_until_there_is_another() {
+        use RestoreContentPhase::{Failed, Planned, Restoring, Stopped, Succeeded};
+        use RestoreStep::{Plan, Restore, Stop};
+        for (step, phase, observed, over) in [
+            (Plan, Planned, 3, true),
+            (Stop, Stopped, 3, true),
+            (Stop, Failed, 3, true),
+            (Restore, Succeeded, 3, true),
+            (Restore, Restoring, 3, false),
+            (Restore, Stopped, 2, false),
+            (Stop, Planned, 2, false),
+        ] {
+            let content = content(step, &json!({"phase": phase, "observedGeneration": observed}));
+            assert_eq!(is_reported_over(&content), over, "{step:?} {phase:?} {observed}");
+        }
+    }
+
+    fn content(step: RestoreStep, status: &serde_json::Value) -> VMRestoreContent {
+        serde_json::from_value(json!({
+            "apiVersion": "freezeframe.dev/v1alpha1",
+            "kind": "VMRestoreContent",
+            "metadata": {"name": "vmrestore-1", "uid": "1-2", "generation": 3},
+            "spec": {
+                "vmRestoreRef": {"namespace": "shop", "name": "undo", "uid": "0-1"},
+                "source": {"name": "vmsnap-1", "uid": "5-6"},
+                "vmName": "db-1",
+                "nodeName": "node-a",
+                "step": step,
+                "stopTimeout": "1m",
+            },
+            "status": status,
+        }))
+        .unwrap()
     }
 }

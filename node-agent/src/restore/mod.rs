@@ -16,6 +16,7 @@
 //! or was cancelled is taken back, unless a name has changed hands: then it goes on.
 
 pub mod controller;
+mod finish;
 mod links;
 mod make;
 mod new_vm;
@@ -77,31 +78,37 @@ impl Restores {
         progress: &dyn Progress,
         told: &Told,
     ) -> Result<Turn, JournalError> {
-        let Some(mut record) = self.journal.load(&order.uid)? else { return self.begin(order, progress, told).await };
+        let stopped = |record: &RestoreRecord| record.stage == Stage::Stopped;
+        let same =
+            |record: &RestoreRecord| (record.order.step, record.order.generation) == (order.step, order.generation);
+        let found = self.journal.load(&order.uid)?.filter(|record| !stopped(record) || same(record));
+        let Some(mut record) = found else { return self.begin(order, progress, told).await };
         record.order.generation = order.generation;
         match record.stage {
-            Stage::Open => self.work(&mut record, progress, told).await,
+            Stage::Open => self.work_again(&mut record, progress, told).await,
             Stage::Switching => self.switch_again(&mut record).await,
             Stage::Failed => self.take_back(&mut record).await,
-            Stage::Done | Stage::TakenBack => Ok(Turn::Over(Box::new(record.status.unwrap_or_default()))),
+            Stage::Stopped | Stage::Done | Stage::TakenBack => {
+                Ok(Turn::Over(Box::new(record.status.unwrap_or_default())))
+            }
         }
     }
 
     async fn begin(&self, order: &RestoreOrder, progress: &dyn Progress, told: &Told) -> Result<Turn, JournalError> {
-        if source::is_moving(self, order)? {
-            return Ok(Turn::Again(Box::new(outcome::waiting(order, "a snapshot of the VM is being deleted"))));
+        if let Some(going) = source::is_moving(self, order)? {
+            return Ok(Turn::Again(Box::new(outcome::waiting(order, &going))));
         }
         let disks = match self.before(order, progress).await {
             Ok(disks) => disks,
             Err(failure) => {
                 tracing::warn!(reason = failure.reason, message = failure.message, "the restore was refused");
-                return Ok(Turn::Over(Box::new(outcome::failed(order, &[], &failure))));
+                return self.stop_or_plan_ended(order, Stage::TakenBack, outcome::failed(order, &[], &failure));
             }
         };
-        let report = |phase| Ok(Turn::Over(Box::new(outcome::planned(order, &disks, phase))));
+        let planned = |phase| outcome::planned(order, &disks, phase);
         match order.step {
-            RestoreStep::Plan => report(RestoreContentPhase::Planned),
-            RestoreStep::Stop => report(RestoreContentPhase::Stopped),
+            RestoreStep::Plan => Ok(Turn::Over(Box::new(planned(RestoreContentPhase::Planned)))),
+            RestoreStep::Stop => self.stop_or_plan_ended(order, Stage::Stopped, planned(RestoreContentPhase::Stopped)),
             RestoreStep::Restore => {
                 tracing::info!(disks = disks.len(), "bringing disks back");
                 let mut record = RestoreRecord::new(order, disks);
@@ -110,6 +117,21 @@ impl Restores {
                 self.work(&mut record, progress, told).await
             }
         }
+    }
+
+    /// What stopping the VM came to is on record: it isn't shut down a second time if that can't be reported at once, or
+    /// is asked again.
+    fn stop_or_plan_ended(
+        &self,
+        order: &RestoreOrder,
+        stage: Stage,
+        status: VMRestoreContentStatus,
+    ) -> Result<Turn, JournalError> {
+        if order.step == RestoreStep::Stop {
+            let record = RestoreRecord { stage, status: Some(status.clone()), ..RestoreRecord::new(order, vec![]) };
+            self.journal.save(&record)?;
+        }
+        Ok(Turn::Over(Box::new(status)))
     }
 
     /// Everything before something is made.
@@ -122,6 +144,23 @@ impl Restores {
             stop::see_stopped(self, order, &disks, progress).await?;
         }
         Ok(disks)
+    }
+
+    /// A crash came in between, and the VM's turn was free: another snapshot may have been removed, and what the record
+    /// names may be another's data since.
+    async fn work_again(
+        &self,
+        record: &mut RestoreRecord,
+        progress: &dyn Progress,
+        told: &Told,
+    ) -> Result<Turn, JournalError> {
+        if let Some(going) = source::is_moving(self, &record.order)? {
+            return Ok(Turn::Again(Box::new(outcome::stuck(record, &going))));
+        }
+        match source::check_unmoved(self, record) {
+            Ok(()) => self.work(record, progress, told).await,
+            Err(failure) => self.fail(record, &failure).await,
+        }
     }
 
     async fn work(
@@ -188,59 +227,6 @@ impl Restores {
             self.sessions.journal.save(&snapshot)?;
         }
         Ok(())
-    }
-
-    /// From complete images to done.
-    async fn switch(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        let held = match record.order.new_vm {
-            None => match switch::make_ready(self, record).await {
-                Ok(held) => held,
-                Err(failure) => return self.fail(record, &failure).await,
-            },
-            Some(_) => vec![],
-        };
-        record.stage = Stage::Switching;
-        self.journal.save(record)?;
-        crash::point("restore-switching");
-        let turn = self.finish(record).await;
-        // Not before: no QEMU opens an old image while names change hands.
-        drop(held);
-        turn
-    }
-
-    /// A crash came in between. Where no name has changed hands the VM may have run since.
-    async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        match switch::has_begun(self, record) {
-            Ok(true) => self.finish(record).await,
-            Ok(false) => self.switch(record).await,
-            Err(error) => Ok(Turn::Again(Box::new(outcome::stuck(record, &chain(&error))))),
-        }
-    }
-
-    async fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        let named = switch::give_names(self, record).map_err(|error| source::failed(&error));
-        let published = named.and_then(|()| match record.order.new_vm.clone() {
-            Some(vm) => new_vm::publish(self, record, &vm),
-            None => Ok(()),
-        });
-        match published {
-            Ok(()) => self.done(record),
-            Err(failure) if record.order.new_vm.is_some() => self.fail(record, &failure).await,
-            Err(failure) => {
-                tracing::error!(message = failure.message, "a restore can't be finished yet");
-                Ok(Turn::Again(Box::new(outcome::stuck(record, &failure.message))))
-            }
-        }
-    }
-
-    fn done(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        record.stage = Stage::Done;
-        let status = outcome::succeeded(record);
-        record.status = Some(status.clone());
-        self.journal.save(record)?;
-        crash::point("restore-done");
-        tracing::info!("the restore is complete");
-        Ok(Turn::Over(Box::new(status)))
     }
 
     async fn fail(&self, record: &mut RestoreRecord, failure: &Failure) -> Result<Turn, JournalError> {

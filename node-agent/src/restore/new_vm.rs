@@ -15,7 +15,9 @@ use rustix::io::Errno;
 use super::Restores;
 use super::record::RestoreRecord;
 use super::source::failed;
+use crate::crash;
 use crate::hypervisor::VmKey;
+use crate::hypervisor::image::FileId;
 use crate::hypervisor::target_file::{self, KnownDisk, TargetFile};
 use crate::session::outcome::Failure;
 
@@ -29,28 +31,55 @@ fn aside(record: &RestoreRecord, vm: &VmKey) -> VmKey {
 }
 
 /// Makes the VM. May be called again; fails if there is another one of its name.
-pub fn publish(restores: &Restores, record: &RestoreRecord, vm: &VmKey) -> Result<(), Failure> {
-    if is_ours(restores, record, vm) {
+pub fn publish(restores: &Restores, record: &mut RestoreRecord, vm: &VmKey) -> Result<(), Failure> {
+    if is_published(restores, record) {
         return Ok(());
     }
-    let aside = aside(record, vm);
-    let (from, to) = (place(restores, &aside), place(restores, vm));
-    remove(&from).map_err(|error| failed(&error))?;
-    std::fs::create_dir(&from).map_err(|error| failed(&error))?;
-    write(&from.join(target_file::FILE), &content(restores, record)).map_err(|error| failed(&error))?;
-    give_owner(restores, record, &from).map_err(|error| failed(&error))?;
-    match rustix::fs::renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE) {
-        Ok(()) => sync_parent(&to).map_err(|error| failed(&error)),
-        Err(Errno::EXIST | Errno::NOTEMPTY) => {
-            Err(Failure::new(reasons::VM_EXISTS, format!("VM {vm} came to be while it was restored")))
-        }
-        Err(errno) => Err(failed(&errno)),
+    let (from, to) = (place(restores, &aside(record, vm)), place(restores, vm));
+    // The one that is on record goes: it must not be taken for one that got its name.
+    if record.directory.take().is_some() {
+        restores.journal.save(record)?;
     }
+    make(restores, record, &from).map_err(|error| failed(&error))?;
+    record.directory = id(&from).map_err(|error| failed(&error))?;
+    restores.journal.save(record)?;
+    match rustix::fs::renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE) {
+        Ok(()) => {}
+        Err(Errno::EXIST | Errno::NOTEMPTY) => {
+            return Err(Failure::new(reasons::VM_EXISTS, format!("VM {vm} came to be while it was restored")));
+        }
+        Err(errno) => return Err(failed(&errno)),
+    }
+    crash::point("restore-published");
+    sync_parent(&to).map_err(|error| failed(&error))
 }
 
-/// Whether a VM is there that this restore made.
+/// Makes the directory with everything in it, under a name that makes no VM.
+fn make(restores: &Restores, record: &RestoreRecord, aside: &Path) -> std::io::Result<()> {
+    remove(aside)?;
+    // The namespace's directory too: no VM of it need have run since the node was started.
+    std::fs::create_dir_all(aside)?;
+    write(&aside.join(target_file::FILE), &content(restores, record))?;
+    give_owner(restores, record, aside)
+}
+
+/// Whether the restore made its VM, whatever has become of that since: the images are its owner's from then on.
+///
+/// The directory is known by what it is, and not by what is in it, which its owner may change.
 pub fn is_published(restores: &Restores, record: &RestoreRecord) -> bool {
-    record.order.new_vm.as_ref().is_some_and(|vm| is_ours(restores, record, vm))
+    let (Some(vm), Some(made)) = (&record.order.new_vm, record.directory) else { return false };
+    let is_at = |vm: &VmKey| id(&place(restores, vm)).is_ok_and(|found| found == Some(made));
+    // Where nothing has the VM's name, a VM root that didn't outlive its node lost the directory, and it is made again.
+    let is_there = std::fs::symlink_metadata(place(restores, vm)).is_ok();
+    is_at(vm) || (is_there && !is_at(&aside(record, vm)))
+}
+
+fn id(directory: &Path) -> std::io::Result<Option<FileId>> {
+    match std::fs::symlink_metadata(directory) {
+        Ok(found) => Ok(Some(FileId::new(found.dev(), found.ino()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes a directory that didn't get its name.
@@ -63,12 +92,6 @@ fn remove(aside: &Path) -> Result<(), std::io::Error> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
-}
-
-/// Its file names the images that the restore made, which no other VM's does.
-fn is_ours(restores: &Restores, record: &RestoreRecord, vm: &VmKey) -> bool {
-    let found = target_file::read(&restores.sessions.vm_root, vm);
-    found.is_ok_and(|found| found.is_some_and(|(file, _)| file.disks == disks(record)))
 }
 
 fn disks(record: &RestoreRecord) -> Vec<KnownDisk> {

@@ -12,6 +12,8 @@ use crate::session::journal::Record;
 /// How far a restore came, for whoever finds its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
+    /// The VM was seen to be stopped, and nothing else was done: that is not done again.
+    Stopped,
     /// Images are being made under names of their own: it can go on, or be taken back.
     Open,
     /// All images are made, and get the disks' names. Once the first has it, it can only go on.
@@ -101,6 +103,9 @@ pub struct RestoreRecord {
     pub stage: Stage,
     /// The disks.
     pub disks: Vec<DiskRestore>,
+    /// A new VM's directory, once it has everything but its name: when that name is free again, the VM is made.
+    #[serde(default)]
+    pub directory: Option<FileId>,
     /// What came of starting the new images.
     pub boot: Option<BootCheck>,
     /// What was, or is to be, reported.
@@ -111,7 +116,7 @@ impl RestoreRecord {
     /// The record of an order of which nothing has been made yet.
     #[must_use]
     pub fn new(order: &RestoreOrder, disks: Vec<DiskRestore>) -> Self {
-        Self { order: order.clone(), stage: Stage::Open, disks, boot: None, status: None }
+        Self { order: order.clone(), stage: Stage::Open, disks, directory: None, boot: None, status: None }
     }
 
     /// Whether there is still something to do.

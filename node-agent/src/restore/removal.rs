@@ -49,7 +49,7 @@ impl Restores {
             Stage::Open => self.fail(&mut record, &Failure::cancelled()).await?,
             Stage::Switching => self.end_switching(&mut record).await?,
             Stage::Failed => self.take_back(&mut record).await?,
-            Stage::Done | Stage::TakenBack => return Ok(over(record.status.as_ref().or(before))),
+            Stage::Stopped | Stage::Done | Stage::TakenBack => return Ok(over(record.status.as_ref().or(before))),
         };
         Ok(match turn {
             Turn::Over(status) => over(Some(&status)),

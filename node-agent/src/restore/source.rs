@@ -11,6 +11,7 @@ use rustix::fs::OFlags;
 
 use super::Restores;
 use super::order::RestoreOrder;
+use super::record::{DiskRestore, RestoreRecord};
 use crate::drivers::DiskTask;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
 use crate::hypervisor::qcow2::{HeaderError, has_external_data, read_header};
@@ -29,18 +30,38 @@ pub fn snapshot(restores: &Restores, order: &RestoreOrder) -> Result<SessionReco
         return Err(Failure::refused(reasons::SNAPSHOT_NOT_FOUND, message));
     }
     match record.stage {
-        Stage::Complete => Ok(record),
+        // Once its removal was begun, its images may have been written to.
+        Stage::Complete if !record.removing => Ok(record),
         _ => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, "the snapshot isn't complete on this node, or is gone")),
     }
 }
 
-/// Whether the removal of another snapshot of the VM is under way, and may move what this one's record names.
-pub fn is_moving(restores: &Restores, order: &RestoreOrder) -> Result<bool, JournalError> {
+/// Whether a restore that was begun would still bring back what it was planned for.
+pub fn check_unmoved(restores: &Restores, restore: &RestoreRecord) -> Result<(), Failure> {
+    let record = snapshot(restores, &restore.order)?;
+    let is_at = |disk: &DiskRestore, task: &DiskTask| {
+        task.disk == disk.disk && task.artifact.as_ref().is_some_and(|artifact| artifact.handle == disk.source)
+    };
+    match restore.disks.iter().find(|disk| !record.tasks.iter().any(|task| is_at(disk, task))) {
+        None => Ok(()),
+        Some(disk) => {
+            let message =
+                format!("the snapshot's data of disk {} isn't at {} any more", disk.disk, disk.source.display());
+            Err(Failure::new(reasons::SNAPSHOT_NOT_READY, message))
+        }
+    }
+}
+
+/// What the restore waits for if the removal of a snapshot of the VM is half done, and may move what this one's record
+/// names. One that was kept in the end is not gone on with.
+pub fn is_moving(restores: &Restores, order: &RestoreOrder) -> Result<Option<String>, JournalError> {
     let sessions = &restores.sessions;
     let half_removed = |task: &DiskTask| sessions.drivers.find(&task.driver).is_some_and(|d| d.is_half_removed(task));
     let records = sessions.journal.all()?;
-    let mut of_vm = records.iter().filter(|record| record.order.vm == order.vm && record.stage != Stage::Removed);
-    Ok(of_vm.any(|record| record.tasks.iter().any(half_removed)))
+    let over = |record: &&SessionRecord| matches!(record.stage, Stage::Removed | Stage::Retained);
+    let mut of_vm = records.iter().filter(|record| record.order.vm == order.vm && !over(record));
+    let going = of_vm.find(|record| record.tasks.iter().any(half_removed));
+    Ok(going.map(|record| format!("snapshot {} of the VM is being deleted", record.order.snapshot.1)))
 }
 
 /// The snapshot's disks that the order means.

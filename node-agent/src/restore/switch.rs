@@ -7,7 +7,6 @@
 //! Everything is looked up by what the files are, so that it may be called again after a crash.
 
 use freezeframe_api::conditions::reasons;
-use k8s_openapi::jiff::Timestamp;
 
 use super::Restores;
 use super::record::{DiskRestore, Method, RestoreRecord};
@@ -17,7 +16,8 @@ use crate::crash;
 use crate::drivers::overlay::dependents;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
 use crate::hypervisor::lock::ImageLock;
-use crate::session::journal::Stage;
+use crate::session::at_rest::FileState;
+use crate::session::journal::{SessionRecord, Stage};
 use crate::session::outcome::Failure;
 
 type Result<T> = std::result::Result<T, ImageError>;
@@ -48,6 +48,19 @@ impl Names {
     fn is_replaced_at(&self, name: &str) -> Result<bool> {
         self.is(name, self.replaced)
     }
+
+    /// Whether a name has changed hands. Another file of the disk's name says nothing of that: it may be anybody's.
+    fn has_begun(&self) -> Result<bool> {
+        let left = self.is_replaced_at(&self.away)? || self.is_replaced_at(&self.unfinished)?;
+        Ok(left || (!self.is(&self.unfinished, self.made)? && !self.is_replaced_at(&self.disk)?))
+    }
+
+    /// Whether the new image got the disk's name. It need not have it any more: the VM may have been cut since. But then
+    /// another has.
+    fn is_finished(&self) -> Result<bool> {
+        let left = self.is(&self.unfinished, self.made)? || self.is_replaced_at(&self.disk)?;
+        Ok(!left && self.directory.id(&self.disk)?.is_some())
+    }
 }
 
 fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
@@ -60,7 +73,7 @@ fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
 /// Whether a disk's name has changed hands, so that there is no way back.
 pub fn has_begun(restores: &Restores, record: &RestoreRecord) -> Result<bool> {
     for names in all(restores, record)? {
-        if names.replaced.is_some() && !names.is_replaced_at(&names.disk)? {
+        if names.replaced.is_some() && names.has_begun()? {
             return Ok(true);
         }
     }
@@ -76,20 +89,60 @@ pub async fn make_ready(
     let held = hold_images(restores, &record.disks).await?;
     // Once more: a VM that was started before the locks were had has its monitor by now, or fails to open its disks.
     not_running(restores, &record.order.vm).await?;
-    let cut_at = check_kept(restores, record)?;
+    check_made(restores, record)?;
+    let kept = check_kept(restores, record)?;
     for disk in &mut record.disks {
-        disk.replaced = Some(check_unchanged(restores, disk, cut_at)?);
+        disk.replaced = Some(check_unchanged(restores, disk, &kept)?);
     }
     Ok(held)
 }
 
-/// The snapshot of the state before has every disk that is replaced; returns when it was cut.
-fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<Timestamp, Failure> {
+/// Sees to it that nobody uses the old images that still have their names, or starts the VM, while others are gone from
+/// theirs. Where every disk has its new image the VM may run.
+pub async fn hold_the_rest(
+    restores: &Restores,
+    record: &RestoreRecord,
+) -> std::result::Result<Vec<ImageLock>, Failure> {
+    if record.order.new_vm.is_some() {
+        return Ok(vec![]);
+    }
+    let all = all(restores, record).map_err(|error| failed(&error))?;
+    let mut rest = vec![];
+    let mut finished = true;
+    for (names, disk) in all.iter().zip(&record.disks) {
+        finished &= names.is_finished().map_err(|error| failed(&error))?;
+        if names.is_replaced_at(&names.disk).map_err(|error| failed(&error))? {
+            rest.push(disk.clone());
+        }
+    }
+    if finished {
+        return Ok(vec![]);
+    }
+    not_running(restores, &record.order.vm).await?;
+    let held = hold_images(restores, &rest).await?;
+    not_running(restores, &record.order.vm).await?;
+    Ok(held)
+}
+
+/// Every new image is there to get its disk's name: once old ones are gone from theirs, it would be too late.
+fn check_made(restores: &Restores, record: &RestoreRecord) -> std::result::Result<(), Failure> {
+    for names in all(restores, record).map_err(|error| failed(&error))? {
+        if !names.is(&names.unfinished, names.made).map_err(|error| failed(&error))? {
+            let message = format!("{} is gone", names.directory.join(&names.unfinished).display());
+            return Err(Failure::new(reasons::RESTORE_FAILED, message));
+        }
+    }
+    Ok(())
+}
+
+/// The snapshot of the state before has every disk that is replaced.
+fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<SessionRecord, Failure> {
     let missing = |what: String| Failure::new(reasons::PRE_RESTORE_FAILED, what);
     let uid = record.order.pre_restore.as_deref();
     let uid = uid.ok_or_else(|| missing("the order names no snapshot of the state before".into()))?;
     let kept = restores.sessions.journal.load(uid)?.filter(|kept| {
-        kept.stage == Stage::Complete && kept.order.vm == record.order.vm && kept.order.uid != record.order.source
+        let whole = kept.stage == Stage::Complete && !kept.removing;
+        whole && kept.order.vm == record.order.vm && kept.order.uid != record.order.source
     });
     let kept = kept.ok_or_else(|| missing("the snapshot of the state before isn't complete on this node".into()))?;
     for disk in &record.disks {
@@ -101,20 +154,31 @@ fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Resul
             return Err(Failure::new(reasons::VM_CHANGED, message));
         }
     }
-    kept.measured.map(|measured| measured.cut_at).ok_or_else(|| missing("when it was kept isn't known".into()))
+    Ok(kept)
 }
 
 /// Nothing was written since the state before was kept, and no image needs the one that goes.
-fn check_unchanged(restores: &Restores, disk: &DiskRestore, cut_at: Timestamp) -> std::result::Result<FileId, Failure> {
+fn check_unchanged(
+    restores: &Restores,
+    disk: &DiskRestore,
+    kept: &SessionRecord,
+) -> std::result::Result<FileId, Failure> {
     let changed = |what: String| Failure::new(reasons::VM_CHANGED, what);
+    let path = disk.path.display();
+    let then = kept.at_rest.iter().find(|then| then.disk == disk.disk);
+    let unknown = || changed(format!("{path} wasn't at rest all the time while its state was kept"));
+    let then = then.ok_or_else(unknown)?.file;
     let (directory, name) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
-    let found = directory.id(&name).map_err(|error| failed(&error))?;
-    let found = found.ok_or_else(|| changed(format!("{} is gone", disk.path.display())))?;
-    let written = directory.written_at(&name).map_err(|error| failed(&error))?;
-    if written > cut_at {
-        let message = format!("{} was written at {written}, after its state was kept at {cut_at}", disk.path.display());
-        return Err(changed(message));
+    let found = match FileState::of(&directory, &name) {
+        Err(error) if error.is_not_found() => return Err(changed(format!("{path} is gone"))),
+        found => found.map_err(|error| failed(&error))?,
+    };
+    if found != then {
+        return Err(changed(format!(
+            "{path} isn't what it was when its state was kept: it was written to, or replaced"
+        )));
     }
+    let found = found.id;
     match dependents(&directory, found).map_err(|error| failed(&error))?.first() {
         None => Ok(found),
         Some(other) => Err(changed(format!("{other} was made on top of {}", disk.path.display()))),
@@ -142,7 +206,7 @@ pub fn give_names(restores: &Restores, record: &RestoreRecord) -> Result<()> {
         }
     }
     for names in &all {
-        if !names.is(&names.disk, names.made)? {
+        if !names.is_finished()? {
             return Err(ImageError::NotRegular(names.directory.join(&names.disk)));
         }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use freezeframe_api::v1alpha1::{BootCheck, BootResult, VMSnapshotContentStatus, Verify};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::at_rest;
 use super::journal::SessionRecord;
 use super::outcome::{self, Failure};
 use super::{Progress, Sessions};
@@ -41,7 +42,11 @@ impl Sessions {
             never = self.tell_progress(machine.vm(), &tasks, status, progress) => match never {},
             completed = self.complete_each(machine.vm(), record) => completed,
         };
+        let still = machine.is_still();
         machine.let_go().await;
+        if still && completed.is_ok() {
+            record.at_rest = at_rest::look(&self.roots, &record.tasks);
+        }
         completed
     }
 

@@ -10,6 +10,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::at_rest::AtRest;
 use super::order::Order;
 use super::window::Measured;
 use crate::drivers::DiskTask;
@@ -55,6 +56,9 @@ pub struct SessionRecord {
     /// Directories in which restores made images on top of the snapshot's data.
     #[serde(default)]
     pub linked_in: Vec<PathBuf>,
+    /// The disks' images when the snapshot was complete, if the VM was stopped all the time.
+    #[serde(default)]
+    pub at_rest: Vec<AtRest>,
 }
 
 /// What a journal keeps: one record for each object's UID.
@@ -83,6 +87,7 @@ impl SessionRecord {
             removing: false,
             begun: Timestamp::now(),
             linked_in: vec![],
+            at_rest: vec![],
         }
     }
 }

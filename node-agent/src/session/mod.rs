@@ -17,6 +17,7 @@
 //! taken back ([`removal`]); after it, completing is simply called again.
 
 mod accept;
+pub mod at_rest;
 mod complete;
 mod filled;
 mod flush;

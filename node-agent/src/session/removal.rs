@@ -159,7 +159,10 @@ impl Sessions {
                 self.drivers.find(&task.driver).is_some_and(|driver| driver.is_half_removed(task))
             };
             for at in (0..other.tasks.len()).filter(half_removed).collect::<Vec<_>>() {
+                let kept = removed.kept.len();
                 self.remove_disk(&mut other, at, removed).await?;
+                // That is the other's to tell: of this snapshot nothing is kept for it.
+                removed.kept.truncate(kept);
             }
         }
         if let Some(fresh) = self.journal.load(&order.uid)? {

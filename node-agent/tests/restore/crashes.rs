@@ -10,6 +10,7 @@ use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::restore::Turn;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
@@ -18,6 +19,7 @@ use freezeframe_node_agent::session::machine::StoppedVms;
 use crate::cases::for_every;
 use crate::content::Content;
 use crate::lab::{CASES, Lab, Wish, restores, why};
+use crate::machine::Machine;
 
 const IN_PLACE: [&str; 7] = [
     "restore-planned",
@@ -28,12 +30,13 @@ const IN_PLACE: [&str; 7] = [
     "restore-switched",
     "restore-done",
 ];
-const TO_NEW: [&str; 6] = [
+const TO_NEW: [&str; 7] = [
     "restore-planned",
     "restore-made",
     "restore-switching",
     "restore-switched-one",
     "restore-switched",
+    "restore-published",
     "restore-done",
 ];
 
@@ -90,8 +93,7 @@ impl InPlace {
         lab.world.write().await;
         let (snapshot, old) = lab.snapshot(case.driver, 1).await;
         lab.world.write().await;
-        let (kept, before) = lab.snapshot(case.driver, 2).await;
-        lab.world.quit().await;
+        let (kept, before) = lab.stop_and_keep(case.driver, 2).await;
         let order = lab.order_in_place(&snapshot, &kept);
         Self { lab, order, old, before }
     }
@@ -161,10 +163,15 @@ async fn a_new_vm_whose_making_is_killed_anywhere_is_there_or_not() {
         let before = lab.files();
         let directory = lab.world.sessions.vm_root.join("shop/new");
         killed_at(&lab, &order, point);
-        assert_eq!(directory.exists(), point == "restore-done");
+        let published = ["restore-published", "restore-done"].contains(&point);
+        assert_eq!(directory.exists(), published);
+        if published {
+            // Its owner has it from then on.
+            std::fs::write(directory.join("target.yaml"), "labels: {app: mine}").unwrap();
+        }
         if deleted {
             assert!(lab.restores.delete(&order, None).await.unwrap().over);
-            assert_eq!(lab.files() == before, point != "restore-done", "{:?}", lab.files());
+            assert_eq!(lab.files() == before, !published, "{:?}", lab.files());
         } else {
             let images = lab.restore(&order).await;
             for (image, content) in images.iter().zip(&taken) {
@@ -203,4 +210,100 @@ async fn a_vm_that_was_started_after_a_crash_keeps_what_it_wrote() {
         },
     )
     .await;
+}
+
+/// The agent was down when the VM's turn came to a deletion: the name that was planned for has other data then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_goes_on_does_not_take_another_snapshots_data_for_its_own() {
+    for point in ["restore-planned", "restore-made"] {
+        let mut lab = Lab::of(CASES[0]).await;
+        let mut snapshots = vec![];
+        for number in 1..=3 {
+            lab.world.write().await;
+            snapshots.push(lab.snapshot("overlay", number).await.0);
+        }
+        lab.world.quit().await;
+        let order = RestoreOrder { mode: RestoreMode::Full, ..lab.order_in_place(&snapshots[0], &snapshots[2]) };
+        killed_at(&lab, &order, point);
+        assert_eq!(lab.delete(&snapshots[0]).await, None);
+        let status = lab.advance(&order).await;
+        let (found, message) = why(&status);
+        assert_eq!(
+            (status.phase, found.as_str()),
+            (Some(RestoreContentPhase::Failed), reasons::SNAPSHOT_NOT_READY),
+            "{message}"
+        );
+        let left: Vec<_> = lab.files().into_iter().filter(|file| file.contains("vmrestore-")).collect();
+        assert!(left.is_empty(), "{left:?}");
+        lab.world.check_images();
+    }
+}
+
+/// Somebody replaces one disk's image after the crash, with the VM at rest: nothing of ours has begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_somebody_else_is_not_taken_for_a_name_that_changed_hands() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-switching");
+    let (mine, other) = (&set.lab.world.disks[0].file, &set.lab.world.disks[1].file);
+    let copied = mine.with_extension("copied");
+    std::fs::copy(mine, &copied).unwrap();
+    std::fs::rename(&copied, mine).unwrap();
+    let (own, other_before) = (std::fs::read(mine).unwrap(), std::fs::read(other).unwrap());
+    let status = set.lab.advance(&set.order).await;
+    let (found, message) = why(&status);
+    assert_eq!((status.phase, found.as_str()), (Some(RestoreContentPhase::Failed), reasons::VM_CHANGED), "{message}");
+    assert!(std::fs::read(mine).unwrap() == own && std::fs::read(other).unwrap() == other_before);
+    set.check_tidy();
+}
+
+/// The names have changed hands, only the record doesn't say so yet: the VM is started and its disks are cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_whose_disks_were_cut_before_it_was_done_comes_to_its_end() {
+    for deleted in [false, true] {
+        let mut set = InPlace::new(0).await;
+        killed_at(&set.lab, &set.order, "restore-switched");
+        set.lab.world.contents.clone_from(&set.old);
+        set.lab.world.start().await;
+        set.lab.world.write().await;
+        set.lab.snapshot("overlay", 3).await;
+        set.lab.world.write().await;
+        if deleted {
+            assert!(set.lab.restores.delete(&set.order, None).await.unwrap().over);
+        } else {
+            set.lab.restore(&set.order).await;
+        }
+        set.check_tidy();
+        set.lab.world.check_guest().await;
+    }
+}
+
+/// With one disk gone from its name, a QEMU has the other: the restore waits for it to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_open_elsewhere_is_not_renamed_though_another_was() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-away");
+    let left = set.lab.world.disks.iter().find(|disk| disk.file.exists()).unwrap();
+    let directory = set.lab.world.sessions.vm_root.join("shop/other");
+    std::fs::create_dir_all(&directory).unwrap();
+    let machine = Machine::start(&directory, std::slice::from_ref(left)).await;
+    let (wish, told) = (Wish::default(), tokio::sync::watch::Sender::new(None));
+    let turn = set.lab.restores.advance(&set.order, &wish, &told).await.unwrap();
+    let Turn::Again(status) = turn else { panic!("it goes on") };
+    assert!(why(&status).1.contains("open in another process"), "{:?}", why(&status));
+    machine.quit().await;
+    set.lab.restore(&set.order).await;
+    assert_eq!(set.reads().as_ref(), Some(&set.old));
+}
+
+/// Old images are away from their names, and somebody tidies up: what was replaced isn't let go of.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_image_is_kept_where_the_new_one_is_gone() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-switched-one");
+    let unfinished = set.lab.files().into_iter().find(|file| file.contains("vmrestore-")).unwrap();
+    std::fs::remove_file(set.lab.world.storage.images().join(unfinished)).unwrap();
+    let (wish, told) = (Wish::default(), tokio::sync::watch::Sender::new(None));
+    let turn = set.lab.restores.advance(&set.order, &wish, &told).await.unwrap();
+    assert!(matches!(turn, Turn::Again(_)));
+    assert_eq!(set.lab.files().iter().filter(|file| file.contains("vmreplaced-")).count(), 2);
 }

@@ -1,7 +1,12 @@
 //! Deleting snapshots that restored images depend on, or seem to.
 
-use freezeframe_api::v1alpha1::RestoreMode;
+use std::os::unix::fs::MetadataExt;
+
+use freezeframe_api::v1alpha1::{DeletionPolicy, RestoreMode};
 use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::session::journal::Stage;
+use freezeframe_node_agent::session::order::Order;
+use serde_json::json;
 
 use crate::cases::for_every;
 use crate::lab::{CASES, Lab};
@@ -63,11 +68,12 @@ async fn after_a_restore_in_place_snapshots_can_be_deleted_in_any_order_though_s
         let case = CASES[0];
         let mut lab = Lab::of(case).await;
         let mut snapshots = vec![];
-        for number in 1..=3 {
+        for number in 1..=2 {
             lab.world.write().await;
             snapshots.push(lab.snapshot(case.driver, number).await);
         }
-        lab.world.quit().await;
+        lab.world.write().await;
+        snapshots.push(lab.stop_and_keep(case.driver, 3).await);
         // Snapshot 0 comes back; 1 is later; 2 keeps the state before.
         let restore = lab.order_in_place(&snapshots[0].0.clone(), &snapshots[2].0.clone());
         lab.restore(&restore).await;
@@ -123,8 +129,7 @@ async fn a_snapshot_stays_for_a_linked_image_that_was_itself_cut_since() {
     lab.world.write().await;
     let (old, old_data) = lab.snapshot(case.driver, 1).await;
     lab.world.write().await;
-    let (before, _) = lab.snapshot(case.driver, 2).await;
-    lab.world.quit().await;
+    let (before, _) = lab.stop_and_keep(case.driver, 2).await;
     let order: RestoreOrder = lab.order_in_place(&old, &before);
     lab.restore(&order).await;
     lab.world.contents.clone_from(&old_data);
@@ -137,4 +142,43 @@ async fn a_snapshot_stays_for_a_linked_image_that_was_itself_cut_since() {
     assert_eq!(lab.delete(&cut).await, None);
     assert!(lab.delete(&old).await.is_some());
     lab.world.check_guest().await;
+}
+
+/// What was begun before its neighbour was retained can't be finished any more, and is kept: nobody else is for it, and
+/// nobody waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_ended_half_way_for_good_keeps_no_other_snapshot_and_no_restore() {
+    let mut lab = Lab::of(CASES[0]).await;
+    let mut snapshots = vec![];
+    for number in 1..=4 {
+        lab.world.write().await;
+        snapshots.push(lab.snapshot("overlay", number).await.0);
+    }
+    let retain = Order { deletion_policy: DeletionPolicy::Retain, ..snapshots[1].clone() };
+    assert_eq!(lab.delete(&retain).await, None);
+    begin_merge(&lab, &snapshots[0], &snapshots[1]);
+    assert_eq!(lab.delete(&snapshots[2]).await, None);
+    let stage = |order: &Order| lab.world.sessions.journal.load(&order.uid).unwrap().unwrap().stage;
+    assert_eq!(stage(&snapshots[2]), Stage::Removed);
+    assert_eq!(lab.delete(&snapshots[0]).await, None);
+    assert_eq!(stage(&snapshots[0]), Stage::Retained);
+    let order = lab.order_to_new(&snapshots[3].clone(), "new", RestoreMode::Linked);
+    lab.restore(&order).await;
+    lab.world.check_guest().await;
+}
+
+/// As if the agent had been killed when it had recorded that it would merge the layer above.
+fn begin_merge(lab: &Lab, below: &Order, above: &Order) {
+    let journal = &lab.world.sessions.journal;
+    let mut record = journal.load(&below.uid).unwrap().unwrap();
+    for (task, above) in record.tasks.iter_mut().zip(lab.world.artifacts(above)) {
+        let found = std::fs::metadata(&above.handle).unwrap();
+        task.state["merging"] = json!({
+            "above": above.handle.file_name().unwrap().to_str(),
+            "above_id": {"inode": found.ino()},
+            "done": false,
+        });
+    }
+    record.removing = true;
+    journal.save(&record).unwrap();
 }

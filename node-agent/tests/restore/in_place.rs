@@ -1,10 +1,12 @@
 //! A stopped VM's disks put back, and the restore undone by another.
 
+use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
 use crate::cases::for_every;
 use crate::lab::{CASES, Lab};
+use crate::storage::run;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept() {
@@ -58,13 +60,32 @@ async fn one_disk_alone_is_put_back_and_the_other_stays() {
         lab.world.write().await;
         let (old, old_data) = lab.snapshot(case.driver, 1).await;
         lab.world.write().await;
-        let (before, before_data) = lab.snapshot(case.driver, 2).await;
-        lab.world.quit().await;
+        let (before, before_data) = lab.stop_and_keep(case.driver, 2).await;
         let order = RestoreOrder { include: vec!["vd1".into()], ..lab.order_in_place(&old, &before) };
         lab.restore(&order).await;
         lab.check_disks(&[before_data[0].clone(), old_data[1].clone()]);
     })
     .await;
+}
+
+/// QEMU writes such bitmaps when it closes the image: after the cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_whose_bitmaps_are_stored_when_it_is_closed_is_put_back() {
+    for case in [CASES[5], CASES[2]] {
+        let mut lab = Lab::of(case).await;
+        lab.world.write().await;
+        lab.world.quit().await;
+        for disk in &lab.world.disks {
+            run(&format!("qemu-img bitmap --add -f qcow2 {} b0", disk.file.display()), &[]);
+        }
+        lab.world.start().await;
+        let (old, old_data) = lab.snapshot(case.driver, 1).await;
+        lab.world.write().await;
+        let (before, _) = lab.stop_and_keep(case.driver, 2).await;
+        let order = lab.order_in_place(&old, &before);
+        lab.restore(&order).await;
+        lab.check_disks(&old_data);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -82,4 +103,23 @@ async fn a_vm_that_may_be_stopped_is_shut_down_and_by_force_if_its_guest_does_no
     let status = lab.advance(&order).await;
     assert_eq!(status.phase, Some(RestoreContentPhase::Stopped));
     assert!(status.disks.iter().all(|disk| disk.message.as_ref().unwrap().contains("kept")));
+    // Again, after somebody started it: that is theirs to do, and is noticed before anything is replaced.
+    lab.world.start().await;
+    let status = lab.advance(&order).await;
+    assert_eq!(status.phase, Some(RestoreContentPhase::Stopped));
+    lab.world.check_guest().await;
+    lab.refused(&RestoreOrder { step: RestoreStep::Restore, generation: Some(2), ..order }, reasons::VM_RUNNING).await;
+    lab.world.check_guest().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_could_not_be_stopped_is_not_shut_down_later() {
+    let case = CASES[0];
+    let mut lab = Lab::of(case).await;
+    lab.world.write().await;
+    let (old, _) = lab.snapshot(case.driver, 1).await;
+    let order = RestoreOrder { step: RestoreStep::Stop, ..lab.order(&old) };
+    lab.refused(&order, reasons::VM_RUNNING).await;
+    lab.refused(&RestoreOrder { stop_vm: true, ..order }, reasons::VM_RUNNING).await;
+    lab.world.check_guest().await;
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
 use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::session::journal::SessionRecord;
 
 use crate::cases::Case;
 use crate::lab::{CASES, Lab, Wish, why};
@@ -44,12 +45,31 @@ async fn a_vm_whose_monitor_is_out_of_reach_is_seen_by_its_locks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_after_the_state_was_kept_is_not_overwritten() {
     for case in CASES {
-        let (mut lab, order) = with_snapshots(*case).await;
+        let mut lab = Lab::of(*case).await;
+        lab.world.write().await;
+        let (old, _) = lab.snapshot(case.driver, 1).await;
+        lab.world.write().await;
+        let (before, _) = lab.stop_and_keep(case.driver, 2).await;
+        lab.world.start().await;
         lab.world.write().await;
         lab.world.quit().await;
+        // As by a clock that was set back, or that isn't ours.
+        for disk in &lab.world.disks {
+            run("touch -d 2001-01-01", &[&disk.file]);
+        }
+        let order = lab.order_in_place(&old, &before);
         lab.refused(&order, reasons::VM_CHANGED).await;
         lab.world.check_images();
     }
+}
+
+/// It may have written after the cut, and ended since.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_state_of_a_vm_that_ran_is_not_taken_for_what_it_is_at_rest() {
+    let (mut lab, order) = with_snapshots(CASES[0]).await;
+    lab.world.quit().await;
+    lab.refused(&order, reasons::VM_CHANGED).await;
+    lab.world.check_images();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -60,6 +80,26 @@ async fn nothing_is_replaced_unless_its_state_is_kept() {
         let uid = format!("{number:08x}-3333-4333-8333-333333333333");
         lab.refused(&RestoreOrder { uid, pre_restore, ..order.clone() }, reasons::PRE_RESTORE_FAILED).await;
     }
+    lab.world.check_images();
+}
+
+/// Its images may have been merged into since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_whose_removal_was_begun_is_neither_brought_back_nor_relied_upon() {
+    let (mut lab, order) = with_snapshots(CASES[0]).await;
+    lab.world.quit().await;
+    let journal = &lab.world.sessions.journal;
+    let set_removing = |uid: &str, removing| {
+        let record = journal.load(uid).unwrap().unwrap();
+        journal.save(&SessionRecord { removing, ..record }).unwrap();
+    };
+    let before = order.pre_restore.clone().unwrap();
+    set_removing(&before, true);
+    lab.refused(&order, reasons::PRE_RESTORE_FAILED).await;
+    set_removing(&before, false);
+    set_removing(&order.source, true);
+    let uid = "00000009-2222-4222-8222-222222222222".to_owned();
+    lab.refused(&RestoreOrder { uid, ..order.clone() }, reasons::SNAPSHOT_NOT_READY).await;
     lab.world.check_images();
 }
 

@@ -62,6 +62,21 @@ async fn a_new_vm_has_the_snapshots_data_and_the_old_one_goes_on() {
     .await;
 }
 
+/// The VMs' root didn't outlive the node, and no VM of the namespace was started since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_vm_is_made_where_its_namespace_has_no_directory() {
+    let case = CASES[4];
+    let mut lab = Lab::of(case).await;
+    lab.world.write().await;
+    let (snapshot, _) = lab.snapshot(case.driver, 1).await;
+    lab.world.quit().await;
+    let root = lab.world.sessions.vm_root.clone();
+    std::fs::remove_dir_all(root.join("shop")).unwrap();
+    let order = lab.order_to_new(&snapshot, "new", RestoreMode::Full);
+    lab.restore(&order).await;
+    assert!(root.join("shop/new").join(target_file::FILE).exists());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
     for_every(CASES.iter().copied(), |case| async move {

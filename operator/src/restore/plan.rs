@@ -6,6 +6,7 @@ use freezeframe_api::v1alpha1::{
     Phase, RestoreContentPhase, RestorePhase, RestoreStep, SnapshotContentRef, VMRestore, VMRestoreContent,
     VMRestoreStatus, VMSnapshot, VMSnapshotContent,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 
@@ -208,7 +209,17 @@ fn keep_before(observed: &Observed, content: &VMRestoreContent, now: Timestamp) 
         actions.extend(saving());
         return actions;
     };
+    let going = |metadata: &ObjectMeta| metadata.deletion_timestamp.is_some();
+    let kept_goes = before_content.as_ref().is_some_and(|kept| going(&kept.metadata));
     match (before.status.as_ref().map(|status| status.phase), before_content) {
+        _ if going(&before.metadata) || kept_goes => {
+            let message = format!("VMSnapshot {}, which keeps the present state, is being deleted.", before.name_any());
+            fail(restore, reasons::PRE_RESTORE_FAILED, message, now)
+        }
+        (Some(Phase::Ready), Some(_)) if !source_stays(observed, content) => {
+            let message = format!("VMSnapshot {} is gone, or is being deleted.", restore.spec.snapshot_name);
+            fail(restore, reasons::SNAPSHOT_NOT_READY, message, now)
+        }
         (Some(Phase::Ready), Some(kept)) => vec![set_step(content, RestoreStep::Restore, Some(order::reference(kept)))],
         (Some(Phase::Failed | Phase::Deleting), _) => {
             let why = before.status.as_ref().and_then(|status| status.message.clone()).unwrap_or_default();
@@ -217,6 +228,16 @@ fn keep_before(observed: &Observed, content: &VMRestoreContent, now: Timestamp) 
         }
         _ => saving().into_iter().collect(),
     }
+}
+
+/// Whether the snapshot of the work order is still there to be brought back.
+fn source_stays(observed: &Observed, content: &VMRestoreContent) -> bool {
+    let stays = |metadata: &ObjectMeta| metadata.deletion_timestamp.is_none();
+    observed.snapshot.as_ref().is_some_and(|snapshot| stays(&snapshot.metadata))
+        && observed
+            .source
+            .as_ref()
+            .is_some_and(|source| order::reference(source) == content.spec.source && stays(&source.metadata))
 }
 
 fn set_step(content: &VMRestoreContent, step: RestoreStep, before: Option<SnapshotContentRef>) -> Action {

@@ -1,11 +1,12 @@
 //! The status that follows from what was decided about a restore. Pure.
 
 use freezeframe_api::conditions::{self, condition, find, reasons, types};
+use freezeframe_api::names::NodeName;
 use freezeframe_api::v1alpha1::{
     RestorePhase, VMRestore, VMRestoreContent, VMRestoreContentStatus, VMRestoreStatus, VMSnapshotContent,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 
 use super::order;
@@ -62,6 +63,16 @@ pub fn status(restore: &VMRestore, verdict: Verdict<'_>, now: Timestamp) -> VMRe
     draft.status
 }
 
+/// How long a node may be silent until that is said. Nothing else comes of it: what a node does that can't be reached
+/// isn't known.
+const ANSWER_PATIENCE: SignedDuration = SignedDuration::from_mins(5);
+
+fn unanswered(node: &NodeName) -> String {
+    format!(
+        "Node {node} doesn't answer: does its agent run? The restore waits for it, and others of the VM for this one."
+    )
+}
+
 struct Draft<'a> {
     status: VMRestoreStatus,
     restore: &'a VMRestore,
@@ -93,7 +104,9 @@ impl Draft<'_> {
     fn under_way(&mut self, content: &VMRestoreContent, phase: RestorePhase) {
         self.carry(content);
         let node = &content.spec.node_name;
+        let silent = content.status.is_none() && self.is_overdue(content);
         let message = match phase {
+            _ if silent => unanswered(node),
             RestorePhase::Stopping => format!("Node {node} sees to it that VM {} doesn't run.", content.spec.vm_name),
             RestorePhase::Saving => {
                 let before = order::before_name(self.restore);
@@ -105,6 +118,14 @@ impl Draft<'_> {
             _ => format!("Node {node} plans the restore."),
         };
         self.proceed(phase, reasons::IN_PROGRESS, message);
+    }
+
+    /// Whether the node has had all the time that a guest may take to shut down, and more.
+    fn is_overdue(&self, content: &VMRestoreContent) -> bool {
+        let given = content.metadata.creation_timestamp.as_ref();
+        let patience = SignedDuration::try_from(std::time::Duration::from(content.spec.stop_timeout))
+            .unwrap_or(SignedDuration::MAX);
+        given.is_some_and(|given| self.now.duration_since(given.0) > patience.saturating_add(ANSWER_PATIENCE))
     }
 
     fn planned(&mut self, content: &VMRestoreContent) {
@@ -150,10 +171,13 @@ impl Draft<'_> {
     fn deleting(&mut self, content: &VMRestoreContent) {
         let removed = content.status.as_ref().and_then(|status| find(&status.conditions, types::REMOVED));
         let told = removed.filter(|condition| condition.reason == reasons::DELETE_FAILED);
-        let message = told.map_or_else(
-            || format!("Node {} takes back what isn't finished.", content.spec.node_name),
-            |condition| condition.message.clone(),
-        );
+        let node = &content.spec.node_name;
+        let waits = self.restore.metadata.deletion_timestamp.as_ref().map(|since| self.now.duration_since(since.0));
+        let message = match told {
+            Some(condition) => condition.message.clone(),
+            None if removed.is_none() && waits > Some(ANSWER_PATIENCE) => unanswered(node),
+            None => format!("Node {node} takes back what isn't finished."),
+        };
         let reason = told.map_or(reasons::IN_PROGRESS, |_| reasons::DELETE_FAILED);
         self.status.phase = RestorePhase::Deleting;
         self.set(types::REMOVED, false, reason, message.clone());

@@ -191,6 +191,34 @@ fn the_node_may_replace_disks_only_when_the_state_of_before_is_ready() {
 }
 
 #[test]
+fn the_node_may_not_replace_disks_while_what_undoes_it_or_what_comes_back_is_being_deleted() {
+    type Change = fn(&mut Observed);
+    let rows: [(Change, &str); 6] = [
+        (
+            |o| o.before.as_mut().unwrap().0.metadata.deletion_timestamp = Some(Time(at(150))),
+            reasons::PRE_RESTORE_FAILED,
+        ),
+        (
+            |o| o.before.as_mut().unwrap().1.as_mut().unwrap().metadata.deletion_timestamp = Some(Time(at(150))),
+            reasons::PRE_RESTORE_FAILED,
+        ),
+        (|o| o.snapshot = Some(ready_snapshot().deleted()), reasons::SNAPSHOT_NOT_READY),
+        (|o| o.snapshot = None, reasons::SNAPSHOT_NOT_READY),
+        (|o| o.source.as_mut().unwrap().metadata.deletion_timestamp = Some(Time(at(150))), reasons::SNAPSHOT_NOT_READY),
+        (|o| o.source.as_mut().unwrap().metadata.uid = Some("another".into()), reasons::SNAPSHOT_NOT_READY),
+    ];
+    for (number, (change, expected)) in rows.into_iter().enumerate() {
+        let mut observed = at_step(observed(in_place()), RestoreStep::Stop, Some(RestoreContentPhase::Stopped));
+        let kept = reported(&snapshot("undo-before"), ContentPhase::Ready, reasons::COMPLETED);
+        observed.before = Some((before(&observed, Phase::Ready), Some(kept)));
+        change(&mut observed);
+        let actions = plan(&observed, at(200));
+        assert!(!actions.iter().any(|action| matches!(action, Action::SetStep { .. })), "{number}: {actions:?}");
+        assert_eq!((reason(told(&actions)), stalled(told(&actions))), (expected, true), "{number}");
+    }
+}
+
+#[test]
 fn a_content_made_of_the_snapshot_but_gone_keeps_nothing_ready() {
     let mut observed = at_step(observed(in_place()), RestoreStep::Stop, Some(RestoreContentPhase::Stopped));
     observed.before = Some((before(&observed, Phase::Ready), None));
@@ -269,6 +297,23 @@ fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
 
     observed.content = None;
     assert_eq!(plan(&observed, at(200)), [Action::RemoveFinalizer]);
+}
+
+#[test]
+fn a_node_that_does_not_answer_is_told_of() {
+    let silent =
+        |observed: &Observed, now| told(&plan(observed, at(now))).message.as_ref().unwrap().contains("doesn't answer");
+    let mut observed = at_step(observed(in_place()), RestoreStep::Stop, None);
+    let content = observed.content.as_mut().unwrap();
+    content.status = None;
+    content.metadata.creation_timestamp = Some(Time(at(100)));
+    let patience = 300 + i64::try_from(std::time::Duration::from(content.spec.stop_timeout).as_secs()).unwrap();
+    assert!(!silent(&observed, 100 + patience));
+    assert!(silent(&observed, 101 + patience));
+
+    observed.restore.metadata.deletion_timestamp = Some(Time(at(2000)));
+    assert!(!silent(&observed, 2300));
+    assert!(silent(&observed, 2301));
 }
 
 #[test]

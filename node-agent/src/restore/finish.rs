@@ -1,0 +1,78 @@
+//! From complete images to done: the names change hands, or the new VM is made, now or after a crash.
+
+use super::record::{RestoreRecord, Stage};
+use super::{Restores, Turn, new_vm, outcome, source, switch};
+use crate::crash;
+use crate::hypervisor::lock::ImageLock;
+use crate::session::journal::JournalError;
+use crate::session::outcome::chain;
+
+impl Restores {
+    /// From complete images to done.
+    pub(super) async fn switch(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        let held = match record.order.new_vm {
+            None => match switch::make_ready(self, record).await {
+                Ok(held) => held,
+                Err(failure) => return self.fail(record, &failure).await,
+            },
+            Some(_) => vec![],
+        };
+        record.stage = Stage::Switching;
+        self.journal.save(record)?;
+        crash::point("restore-switching");
+        self.finish_held(record, held).await
+    }
+
+    /// A crash came in between. Where no name has changed hands the VM may have run since.
+    pub(super) async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        match switch::has_begun(self, record) {
+            Ok(true) => match switch::hold_the_rest(self, record).await {
+                Ok(held) => self.finish_held(record, held).await,
+                Err(failure) => Ok(not_yet(record, &failure.message)),
+            },
+            Ok(false) => self.switch(record).await,
+            Err(error) => Ok(not_yet(record, &chain(&error))),
+        }
+    }
+
+    /// The locks go last: no QEMU opens an old image while names change hands.
+    async fn finish_held(&self, record: &mut RestoreRecord, held: Vec<ImageLock>) -> Result<Turn, JournalError> {
+        let turn = self.finish(record).await;
+        drop(held);
+        turn
+    }
+
+    async fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        // What its owner has done to a VM that was made is theirs.
+        if new_vm::is_published(self, record) {
+            return self.done(record);
+        }
+        let named = switch::give_names(self, record).map_err(|error| source::failed(&error));
+        let published = named.and_then(|()| match record.order.new_vm.clone() {
+            Some(vm) => new_vm::publish(self, record, &vm),
+            None => Ok(()),
+        });
+        match published {
+            Ok(()) => self.done(record),
+            Err(failure) if record.order.new_vm.is_some() && !new_vm::is_published(self, record) => {
+                self.fail(record, &failure).await
+            }
+            Err(failure) => Ok(not_yet(record, &failure.message)),
+        }
+    }
+
+    fn done(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
+        record.stage = Stage::Done;
+        let status = outcome::succeeded(record);
+        record.status = Some(status.clone());
+        self.journal.save(record)?;
+        crash::point("restore-done");
+        tracing::info!("the restore is complete");
+        Ok(Turn::Over(Box::new(status)))
+    }
+}
+
+fn not_yet(record: &RestoreRecord, why: &str) -> Turn {
+    tracing::error!(why, "a restore can't be finished yet");
+    Turn::Again(Box::new(outcome::stuck(record, why)))
+}

@@ -1,0 +1,66 @@
+//! What the images of a stopped VM's disks are once its snapshot is complete: whoever replaces them later can see that
+//! nobody has written to them since.
+//!
+//! Compared for equality, never with a clock: file systems have clocks of their own, and QEMU writes to an image when it
+//! closes it. So it is looked at when our QEMU has ended. A file's change time can't be set back; a rename moves it, but
+//! names change hands before.
+
+use std::fs::File;
+
+use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
+
+use crate::drivers::DiskTask;
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
+
+/// One image, as it lay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AtRest {
+    /// The disk.
+    pub disk: String,
+    /// The file.
+    pub file: FileState,
+}
+
+/// A file, and all that a write to it changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileState {
+    /// The file.
+    pub id: FileId,
+    /// Its length, in bytes.
+    size: u64,
+    /// When its data changed, in seconds and nanoseconds of the file system's clock.
+    modified: (i64, u64),
+    /// When it, its names or its owner changed, by the same.
+    changed: (i64, u64),
+}
+
+impl FileState {
+    /// Looks at a file.
+    pub fn of(directory: &ImageDirectory, name: &str) -> Result<Self, ImageError> {
+        let file = File::from(directory.open(name, OFlags::RDONLY)?);
+        let found = rustix::fs::fstat(&file).map_err(|errno| ImageError::Io {
+            doing: "examine",
+            path: directory.join(name),
+            source: errno.into(),
+        })?;
+        Ok(Self {
+            id: FileId::new(found.st_dev, found.st_ino),
+            size: found.st_size.unsigned_abs(),
+            modified: (found.st_mtime, found.st_mtime_nsec),
+            changed: (found.st_ctime, found.st_ctime_nsec),
+        })
+    }
+}
+
+/// The images of the disks that are files. One that can't be looked at is left out, and won't be replaced.
+#[must_use]
+pub fn look(roots: &ImageRoots, tasks: &[DiskTask]) -> Vec<AtRest> {
+    let state = |task: &DiskTask| {
+        let path = task.path.as_ref()?;
+        let found = roots.directory_of(path).and_then(|(directory, name)| FileState::of(&directory, &name));
+        let file = found.map_err(|error| tracing::warn!(%error, "an image at rest can't be looked at")).ok()?;
+        Some(AtRest { disk: task.disk.clone(), file })
+    };
+    tasks.iter().filter_map(state).collect()
+}
