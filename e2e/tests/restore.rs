@@ -120,7 +120,7 @@ fn say_how_it_starts(world: &World) -> Result<()> {
     let boot = json!({
         "kernel": kernels.join("vmlinuz"), "initrd": kernels.join("initrd"), "machine": "pc",
         // Its init ends where nobody can control it, and the agent that it started must go on.
-        "append": "quiet panic=-1 random.trust_cpu=on mitigations=off load=none agent=on \
+        "append": "quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on mitigations=off load=none agent=on \
                    rdinit=/bin/sh -- -c \"/init; while :; do sleep 9; done\"",
     });
     let directory = world.directory().join("vms").join(&world.namespace).join(VM);
