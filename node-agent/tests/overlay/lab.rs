@@ -159,6 +159,7 @@ impl Lab {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
+            targets: std::collections::BTreeMap::new(),
             verify: Verify::Quick,
             limits: self.limits.clone(),
             deadline: Timestamp::now() + Duration::from_secs(300),
