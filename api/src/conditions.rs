@@ -55,7 +55,9 @@ pub mod reasons {
     pub const UNKNOWN_DRIVER: &str = "UnknownDriver";
     /// A class parameter is unknown or has a value that can't be used.
     pub const INVALID_PARAMETER: &str = "InvalidParameter";
-    /// A disk named in `include` or `exclude` doesn't exist.
+    /// A file that was made for a disk's data isn't there or can't be used.
+    pub const INVALID_TARGET: &str = "InvalidTarget";
+    /// A disk named in `include`, `exclude` or `targets` doesn't exist.
     pub const DISK_NOT_FOUND: &str = "DiskNotFound";
     /// No driver of the class can take a disk that wasn't excluded.
     pub const DISK_NOT_SUPPORTED: &str = "DiskNotSupported";

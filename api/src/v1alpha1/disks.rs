@@ -22,6 +22,29 @@ pub struct DiskSelection {
     #[schemars(length(max = 64))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub exclude: Vec<DiskName>,
+    /// Files that were made beforehand for the data of these disks to go to. Set by the user, where the class says where
+    /// such files are; a new file for each disk when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    #[x_kube(
+        merge_strategy = ListMerge::Map(vec!["disk".into()]),
+        validation = Rule::new("self.all(a, self.exists_one(b, a.file == b.file))")
+            .message("a file is the target of two disks")
+    )]
+    pub targets: Vec<DiskTarget>,
+}
+
+/// The file that one disk's data goes to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskTarget {
+    /// The disk, as the VMTarget lists it.
+    pub disk: DiskName,
+    /// The file's name, without directories: it is in the directory of the snapshot's namespace, below the one that the
+    /// class names. It has the format that the class asks for and the disk's size, is empty, and nothing has it open. It
+    /// stays the user's: deleting the snapshot leaves it as it is.
+    #[schemars(length(min = 1, max = 200), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._+@=:-]*$"))]
+    pub file: String,
 }
 
 /// How far one disk's snapshot is.

@@ -57,6 +57,8 @@ pub struct SnapshotTemplate {
     pub quiesce: Quiesce,
     /// Which disks are taken. Set by the user; every writable disk when absent.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("!has(self.targets) || size(self.targets) == 0")
+        .message("targets are for one snapshot"))]
     pub disks: DiskSelection,
     /// How long the cut may take to come about, counted from the snapshot's creation. Set by the user, 1s to 24h; 5m when
     /// absent.

@@ -108,7 +108,10 @@ pub struct VMRestoreSpec {
     pub mode: RestoreMode,
     /// Which of the snapshot's disks. Set by the user; all when absent. Immutable.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("disks is immutable"))]
+    #[x_kube(
+        validation = Rule::new("self == oldSelf").message("disks is immutable"),
+        validation = Rule::new("!has(self.targets) || size(self.targets) == 0").message("targets are for snapshots")
+    )]
     pub disks: DiskSelection,
     /// Whether only the plan is wanted: it is put into the status, and nothing is done. Set by the user; false when
     /// absent. Taken away later, the restore is done.

@@ -118,7 +118,10 @@ pub struct VMRestoreContentSpec {
     pub mode: RestoreMode,
     /// As in the restore.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("disks is immutable"))]
+    #[x_kube(
+        validation = Rule::new("self == oldSelf").message("disks is immutable"),
+        validation = Rule::new("!has(self.targets) || size(self.targets) == 0").message("targets are for snapshots")
+    )]
     pub disks: DiskSelection,
     /// As in the restore.
     #[serde(default, rename = "stopVM")]

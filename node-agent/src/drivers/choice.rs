@@ -63,11 +63,20 @@ fn candidate(entry: &ClassDriver, drivers: &Drivers) -> Result<Candidate, ClassE
     Ok(Candidate { driver, parameters: entry.parameters.clone() })
 }
 
-/// The first candidate that can take the disk, with its reason; else every candidate's refusal in one sentence.
-pub fn choose<'a>(disk: &DiskFacts, candidates: &'a [Candidate]) -> Result<(&'a Candidate, String), String> {
+/// The first candidate that can take the disk, and into the user's own file where there is one, with its reason; else
+/// every candidate's refusal in one sentence.
+pub fn choose<'a>(
+    disk: &DiskFacts,
+    target: Option<&str>,
+    candidates: &'a [Candidate],
+) -> Result<(&'a Candidate, String), String> {
     let mut refusals = vec![];
     for candidate in candidates {
-        match candidate.driver.can_take(disk, &candidate.parameters) {
+        let verdict = match target {
+            Some(_) if !candidate.driver.takes_targets() => Verdict::Unusable("has no use for a target".into()),
+            _ => candidate.driver.can_take(disk, &candidate.parameters),
+        };
+        match verdict {
             Verdict::Usable(why) => return Ok((candidate, why)),
             Verdict::Unusable(why) => refusals.push(format!("{}: {why}", candidate.driver.name())),
         }
@@ -105,14 +114,15 @@ mod tests {
     #[test]
     fn the_first_driver_that_can_takes_the_disk() {
         let candidates = candidates(&class(&["overlay", "copy"]), &Drivers::default()).unwrap();
-        assert_eq!(choose(&disk("qcow2"), &candidates).unwrap().0.driver.name(), "overlay");
-        assert_eq!(choose(&disk("raw"), &candidates).unwrap().0.driver.name(), "copy");
+        assert_eq!(choose(&disk("qcow2"), None, &candidates).unwrap().0.driver.name(), "overlay");
+        assert_eq!(choose(&disk("qcow2"), Some("file"), &candidates).unwrap().0.driver.name(), "copy");
+        assert_eq!(choose(&disk("raw"), None, &candidates).unwrap().0.driver.name(), "copy");
     }
 
     #[test]
     fn a_disk_that_no_driver_can_take_is_refused_with_each_drivers_reason() {
         let candidates = candidates(&class(&["overlay"]), &Drivers::default()).unwrap();
-        let refusal = choose(&disk("raw"), &candidates).err().unwrap();
+        let refusal = choose(&disk("raw"), None, &candidates).err().unwrap();
         assert!(refusal.starts_with("overlay: ") && refusal.contains("raw"), "{refusal}");
     }
 
@@ -120,7 +130,7 @@ mod tests {
     fn what_only_a_class_can_say_is_asked_of_a_class_by_the_parameters_name() {
         let refusal = |name: &str| {
             let bare = [ClassDriver { name: name.into(), parameters: BTreeMap::new() }];
-            choose(&disk("raw"), &candidates(&bare, &Drivers::default()).unwrap()).err().unwrap()
+            choose(&disk("raw"), None, &candidates(&bare, &Drivers::default()).unwrap()).err().unwrap()
         };
         let copy = refusal("copy");
         assert!(copy.contains("needs a class") && copy.contains("`directory`"), "{copy}");

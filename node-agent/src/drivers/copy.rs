@@ -5,22 +5,25 @@
 //! write: so the whole size is reserved before the window, and a full disk is found there and not by the guest
 //! ([`target`]).
 
+mod naming;
+mod owned;
 mod parameters;
 mod target;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
+use k8s_openapi::jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::jobs::{self, Wanted};
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Need, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
-use crate::hypervisor::image::{FileId, ImageDirectory, ImageRoots, trusted_directory};
-use parameters::{Format, Parameters};
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots, trusted_directory};
+use parameters::{DIRECTORY, Format, OUTPUT_TEMPLATE, Parameters, TARGETS};
 
 /// The driver.
 pub struct Copy;
@@ -29,8 +32,14 @@ pub struct Copy;
 struct State {
     /// The class's directory.
     root: PathBuf,
-    /// The copy's file, in `<root>/<namespace>.<vm>`.
+    /// Directories below it that the class names; `<namespace>.<vm>` where it names none.
+    #[serde(default)]
+    beneath: Option<Vec<String>>,
+    /// The copy's file there.
     file: String,
+    /// Whether the user made it.
+    #[serde(default)]
+    owned: bool,
     /// Its format.
     #[serde(default)]
     format: Format,
@@ -41,7 +50,7 @@ struct State {
 
 impl State {
     fn unfinished(&self) -> String {
-        format!("{}.partial", self.file)
+        format!("{}.{}.partial", self.file, self.node_prefix)
     }
 
     fn node(&self) -> String {
@@ -56,23 +65,66 @@ impl State {
         format!("{}-copy", self.node_prefix)
     }
 
-    /// The VM's directory below the class's, made if need be. VM and namespace are DNS names: no `/`, no `..`.
-    fn directory(&self, task: &DiskTask) -> Result<ImageDirectory> {
-        Ok(trusted_directory(&self.root)?.subdirectory(&directory_name(task))?)
+    /// The directory of the file, made if need be. VM and namespace are DNS names, and what a class names was checked:
+    /// no `/`, no `..`.
+    fn directory(&self, task: &DiskTask, roots: &ImageRoots) -> Result<ImageDirectory> {
+        let open = |above: ImageDirectory, name: &String| {
+            if self.owned { above.existing_subdirectory(name) } else { above.subdirectory(name) }
+        };
+        Ok(self.path(task).iter().try_fold(self.open_root(roots)?, open)?)
+    }
+
+    fn path(&self, task: &DiskTask) -> Vec<String> {
+        self.beneath.clone().unwrap_or_else(|| vec![format!("{}.{}", task.vm.namespace, task.vm.name)])
+    }
+
+    /// Where a class says what files are called, they must be where the agent's configuration allows images.
+    fn open_root(&self, roots: &ImageRoots) -> std::result::Result<ImageDirectory, ImageError> {
+        if self.beneath.is_some() { roots.directory(&self.root) } else { trusted_directory(&self.root) }
     }
 
     /// The same as it is; none where it isn't there and nothing was made that could be in it.
-    fn existing_directory(&self, task: &DiskTask) -> Result<Option<ImageDirectory>> {
-        let found = trusted_directory(&self.root).and_then(|root| root.existing_subdirectory(&directory_name(task)));
+    fn existing_directory(&self, task: &DiskTask, roots: &ImageRoots) -> Result<Option<ImageDirectory>> {
+        let open = |above: ImageDirectory, name: &String| above.existing_subdirectory(name);
+        let found = self.open_root(roots).and_then(|root| self.path(task).iter().try_fold(root, open));
         match found {
-            Err(error) if error.is_not_found() && self.id.is_none() => Ok(None),
+            Err(error) if error.is_no_directory() && self.id.is_none() => Ok(None),
             found => Ok(found.map(Some)?),
         }
     }
 }
 
-fn directory_name(task: &DiskTask) -> String {
-    format!("{}.{}", task.vm.namespace, task.vm.name)
+/// Where a copy goes.
+struct Place {
+    root: PathBuf,
+    beneath: Option<Vec<String>>,
+    file: String,
+    owned: bool,
+}
+
+fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result<Place> {
+    let refused = |key: &str, why: String| DriverError::Parameter { key: key.into(), why };
+    let beneath_root = |key: &str, path: &Path| {
+        let why = || format!("{} is not beneath an image root of this node's agent, as it must be", path.display());
+        if roots.names(path) { Ok(()) } else { Err(refused(key, why())) }
+    };
+    if let Some(file) = task.target.clone() {
+        let root =
+            parameters.targets.clone().ok_or_else(|| refused(TARGETS, "is missing, and a disk has a target".into()))?;
+        beneath_root(TARGETS, &root)?;
+        if !naming::is_plain(&file) {
+            return Err(DriverError::Target { path: file.into(), why: "is not a file's name".into() });
+        }
+        return Ok(Place { root, beneath: Some(vec![task.vm.namespace.clone()]), file, owned: true });
+    }
+    let root = parameters.directory.clone().ok_or_else(|| refused(DIRECTORY, "is missing".into()))?;
+    let Some(template) = &parameters.template else {
+        let file = format!("{}-{}.{}", task.disk, task.id, parameters.format.name());
+        return Ok(Place { root, beneath: None, file, owned: false });
+    };
+    beneath_root(DIRECTORY, &root)?;
+    let (beneath, file) = template.fill(task, Timestamp::now()).map_err(|why| refused(OUTPUT_TEMPLATE, why))?;
+    Ok(Place { root, beneath: Some(beneath), file, owned: false })
 }
 
 #[async_trait]
@@ -95,12 +147,14 @@ impl SnapshotDriver for Copy {
         Verdict::Usable(format!("full copy of a {} image", disk.format))
     }
 
-    fn plan(&self, task: &mut DiskTask, _: &BlockGraph, _: &ImageRoots) -> Result<()> {
+    fn plan(&self, task: &mut DiskTask, _: &BlockGraph, roots: &ImageRoots) -> Result<()> {
         let parameters = Parameters::parse(&task.parameters)?;
-        let missing = || DriverError::Parameter { key: "directory".into(), why: "is missing".into() };
+        let Place { root, beneath, file, owned } = place(&parameters, task, roots)?;
         let state = State {
-            root: parameters.directory.ok_or_else(missing)?,
-            file: format!("{}-{}.{}", task.disk, task.id, parameters.format.name()),
+            root,
+            beneath,
+            file,
+            owned,
             format: parameters.format,
             id: None,
             node_prefix: format!("ff-{}-{}", task.id, task.index),
@@ -108,11 +162,16 @@ impl SnapshotDriver for Copy {
         task.set_state(&state)
     }
 
-    async fn prepare(&self, vm: &Vm, _: &ImageRoots, task: &mut DiskTask) -> Result<()> {
+    async fn prepare(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let mut state: State = task.state()?;
-        target::make(task, &mut state).await?;
+        let directory = state.directory(task, roots)?;
+        if state.owned {
+            owned::lend(task, &mut state, &directory).await?;
+        } else {
+            target::make(task, &mut state, &directory).await?;
+        }
         task.set_state(&state)?;
-        target::open(vm, task, &state).await
+        target::open(vm, &directory, &state).await
     }
 
     fn cut(&self, group: &[&DiskTask], _: &ImageRoots) -> Result<Cut> {
@@ -128,9 +187,9 @@ impl SnapshotDriver for Copy {
         Ok(Cut { actions: group.iter().map(action).collect::<Result<_>>()?, ..Cut::default() })
     }
 
-    async fn complete(&self, vm: &Vm, _: &ImageRoots, task: &mut DiskTask) -> Result<()> {
+    async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let state: State = task.state()?;
-        let directory = state.directory(task)?;
+        let directory = state.directory(task, roots)?;
         if state.id.is_none() || directory.id(&state.file)? != state.id {
             jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
             jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
@@ -148,11 +207,14 @@ impl SnapshotDriver for Copy {
             return Ok(Removal::Done);
         }
         let state: State = task.state()?;
-        let Some(directory) = state.existing_directory(task)? else { return Ok(Removal::Done) };
+        let Some(directory) = state.existing_directory(task, env.roots)? else { return Ok(Removal::Done) };
         if let Some(vm) = env.vm {
             jobs::cancel(vm.qmp(), &state.job()).await?;
             // A crash in `prepare` may have left a file that isn't on record yet.
             target::close(vm, &state, state.id.or(directory.id(&state.unfinished())?)).await?;
+        }
+        if state.owned {
+            return owned::give_back(&directory, &state);
         }
         directory.unlink(&state.unfinished())?;
         if state.id.is_some() && directory.id(&state.file)? == state.id {
@@ -164,6 +226,10 @@ impl SnapshotDriver for Copy {
     fn needs(&self, task: &DiskTask) -> Option<Need> {
         let state: State = task.state().ok()?;
         Some(Need { bytes: target::needed(state.format, task.size), directory: state.root })
+    }
+
+    fn takes_targets(&self) -> bool {
+        true
     }
 
     fn is_instant(&self) -> bool {

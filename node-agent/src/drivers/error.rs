@@ -17,6 +17,14 @@ pub enum DriverError {
         /// What is wrong with it.
         why: String,
     },
+    /// The file that the user made can't be used.
+    #[error("target {path}: {why}")]
+    Target {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Not enough space.
     #[error("not enough space for {path}: {needed} bytes are needed, {free} are free")]
     NoSpace {

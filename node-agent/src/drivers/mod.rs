@@ -14,6 +14,7 @@ pub mod overlay;
 mod pace;
 pub(crate) mod quantity;
 pub mod reflink;
+mod removal;
 mod tool;
 pub(crate) mod verify;
 
@@ -34,6 +35,7 @@ use crate::hypervisor::image::ImageRoots;
 pub(crate) use error::qemu;
 pub use error::{DriverError, Result};
 pub use pace::Pace;
+pub use removal::{Env, Removal, Sibling, Switch};
 pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.
@@ -171,6 +173,12 @@ pub struct DiskTask {
     pub chain: Vec<Layer>,
     /// The VM, as part of the names of files outside its own directory.
     pub vm: crate::hypervisor::VmKey,
+    /// Name of the VMSnapshot.
+    #[serde(default)]
+    pub snapshot: String,
+    /// The file that the user made for the data.
+    #[serde(default)]
+    pub target: Option<String>,
     /// The driver's own record.
     pub state: Value,
     /// What came of it, once complete.
@@ -232,56 +240,6 @@ pub struct Fill {
     pub low: bool,
 }
 
-/// What is left to do to remove a disk's artifacts.
-#[derive(Debug)]
-pub enum Removal {
-    /// The task's state changed and must be on disk before the next call.
-    Again,
-    /// The active layer is merged but for the last step, which needs the virtual CPUs stopped.
-    Switch(Switch),
-    /// An artifact of another snapshot moved; its record must follow before the next call.
-    Moved {
-        /// Where it was.
-        from: PathBuf,
-        /// Where it is now.
-        to: PathBuf,
-    },
-    /// Nothing is left.
-    Done,
-    /// Kept, because something else needs it.
-    Kept(String),
-}
-
-/// The last step of merging an active layer: let the job finish and hand the disk's name to the merged file.
-#[derive(Debug)]
-pub struct Switch {
-    /// The job to complete; none if it is complete already.
-    pub job: Option<String>,
-    /// The name's change of hands.
-    pub exchange: Exchange,
-}
-
-/// What a driver works with.
-pub struct Env<'a> {
-    /// The VM's QEMU; none while no process runs.
-    pub vm: Option<&'a Vm>,
-    /// Where images may be.
-    pub roots: &'a ImageRoots,
-    /// Other snapshots' disks of the same VM that still have files.
-    pub siblings: &'a [Sibling],
-    /// How fast merges go, and what they make way for.
-    pub pace: &'a Pace,
-}
-
-/// A file of another snapshot of the same VM.
-#[derive(Clone, Debug)]
-pub struct Sibling {
-    /// Where it is.
-    pub handle: PathBuf,
-    /// Whether its snapshot is gone and the file is kept on purpose, so that nobody would learn of a move.
-    pub retained: bool,
-}
-
 /// Refuses every parameter, for a driver that has none.
 pub(crate) fn no_parameters(driver: &str, parameters: &BTreeMap<String, String>) -> Result<()> {
     match parameters.keys().next() {
@@ -301,6 +259,11 @@ pub trait SnapshotDriver: Send + Sync {
 
     /// Whether it can take a disk, under parameters that were checked.
     fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict;
+
+    /// Whether it can put a disk's data into a file that the user made.
+    fn takes_targets(&self) -> bool {
+        false
+    }
 
     /// Names what `prepare` will make, in the task's state, before anything is made.
     fn plan(&self, task: &mut DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<()>;

@@ -37,7 +37,7 @@ pub(crate) async fn look(arguments: &[&str], image: &Path, after: &[&str], bound
     let mut command = Command::new("qemu-img");
     command.args(arguments).arg(image).args(after);
     let ended = output(command, bound).await.map_err(|output| DriverError::Tool { tool: "qemu-img", output })?;
-    Ok(Ended { code: ended.status.code(), said: said(&ended) })
+    Ok(Ended { code: ended.status.code(), said: said(&ended), printed: String::from_utf8_lossy(&ended.stdout).into() })
 }
 
 /// How a program ended.
@@ -46,6 +46,8 @@ pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
     /// What it wrote to its standard error.
     pub(crate) said: String,
+    /// What it wrote to its standard output.
+    pub(crate) printed: String,
 }
 
 /// Runs a program to its end, or says what it said.

@@ -63,6 +63,13 @@ impl ImageError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
     }
+
+    /// Whether a directory isn't there, or something else has its name.
+    #[must_use]
+    pub fn is_no_directory(&self) -> bool {
+        use std::io::ErrorKind::{NotADirectory, NotFound};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), NotADirectory | NotFound))
+    }
 }
 
 type Result<T> = std::result::Result<T, ImageError>;

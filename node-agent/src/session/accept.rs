@@ -87,7 +87,9 @@ fn select(
 ) -> Result<Vec<FoundDisk>, Failure> {
     let elsewhere = |name: &String| out_of_reach.contains(name) || left_out.contains(name);
     let known = |name: &String| found.iter().any(|disk| disk.name == *name) || elsewhere(name);
-    if let Some(missing) = order.include.iter().chain(&order.exclude).find(|name| !known(name)) {
+    if let Some(missing) =
+        order.include.iter().chain(&order.exclude).chain(order.targets.keys()).find(|name| !known(name))
+    {
         let names: Vec<_> = found.iter().map(|disk| disk.name.as_str()).collect();
         let message = format!("VM {} has no disk `{missing}`; it has {}", order.vm, names.join(", "));
         return Err(Failure::refused(reasons::DISK_NOT_FOUND, message));
@@ -104,10 +106,11 @@ fn select(
 }
 
 fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate]) -> Result<DiskTask, Failure> {
-    let (candidate, reason) = choose(&disk.facts, candidates).map_err(|why| {
-        let message = format!("no driver of the class can take disk `{}` of VM {}: {why}", disk.name, order.vm);
-        Failure::refused(reasons::DISK_NOT_SUPPORTED, message)
-    })?;
+    let (candidate, reason) = choose(&disk.facts, order.targets.get(&disk.name).map(String::as_str), candidates)
+        .map_err(|why| {
+            let message = format!("no driver of the class can take disk `{}` of VM {}: {why}", disk.name, order.vm);
+            Failure::refused(reasons::DISK_NOT_SUPPORTED, message)
+        })?;
     Ok(DiskTask {
         disk: disk.name.clone(),
         driver: candidate.driver.name().to_owned(),
@@ -121,6 +124,8 @@ fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate])
         path: disk.facts.path.clone().ok(),
         chain: disk.facts.chain.iter().flatten().map(|image| image.layer.clone()).collect(),
         vm: order.vm.clone(),
+        snapshot: order.snapshot.1.clone(),
+        target: order.targets.get(&disk.name).cloned(),
         state: serde_json::Value::Null,
         artifact: None,
     })
@@ -237,6 +242,8 @@ mod tests {
             path: None,
             chain: vec![],
             vm: VmKey { namespace: "n".into(), name: "v".into() },
+            snapshot: "s".into(),
+            target: None,
             state: serde_json::Value::Null,
             artifact: None,
         }

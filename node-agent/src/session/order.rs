@@ -1,5 +1,6 @@
 //! A work order, as the session wants it: a content's spec, checked and in plain types.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{
@@ -40,6 +41,9 @@ pub struct Order {
     pub include: Vec<String>,
     /// Not these disks.
     pub exclude: Vec<String>,
+    /// The files that these disks go to.
+    #[serde(default)]
+    pub targets: BTreeMap<String, String>,
     /// How thoroughly the data is checked.
     #[serde(default)]
     pub verify: Verify,
@@ -74,6 +78,7 @@ impl Order {
             pause: spec.quiesce.pause,
             include: names(&spec.disks.include),
             exclude: names(&spec.disks.exclude),
+            targets: spec.disks.targets.iter().map(|to| (to.disk.0.clone(), to.file.clone())).collect(),
             verify: spec.verify,
             limits: spec.limits.clone(),
             deadline: spec.deadline.0,

@@ -69,6 +69,7 @@ impl From<DriverError> for Failure {
             DriverError::NoSpace { .. } => reasons::NO_SPACE,
             DriverError::Image(source) if source.is_no_space() => reasons::NO_SPACE,
             DriverError::Parameter { .. } => reasons::INVALID_PARAMETER,
+            DriverError::Target { .. } => reasons::INVALID_TARGET,
             DriverError::NotNow(_) => reasons::VM_BUSY,
             _ => reasons::PREPARE_FAILED,
         };

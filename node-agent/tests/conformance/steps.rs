@@ -38,6 +38,8 @@ impl Steps {
             path: disk.facts.path.ok(),
             chain: disk.facts.chain.into_iter().flatten().map(|image| image.layer).collect(),
             vm: World::key(),
+            snapshot: "snapshot-1".into(),
+            target: None,
             state: serde_json::Value::Null,
             artifact: None,
         };

@@ -195,6 +195,7 @@ impl World {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
+            targets: std::collections::BTreeMap::new(),
             verify: Verify::Quick,
             limits: Limits::default(),
             deadline: Timestamp::now() + SignedDuration::from_secs(600),

@@ -158,6 +158,7 @@ impl World {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
+            targets: std::collections::BTreeMap::new(),
             verify: Verify::Quick,
             limits: Limits::default(),
             deadline: Timestamp::now() + SignedDuration::from_secs(600),
@@ -214,6 +215,8 @@ impl World {
                 path: None,
                 chain: vec![],
                 vm: Self::key(),
+                snapshot: format!("snapshot-{number}"),
+                target: None,
                 state: serde_json::Value::Null,
                 artifact: None,
             };

@@ -161,6 +161,7 @@ impl Lab {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
+            targets: std::collections::BTreeMap::new(),
             verify: Verify::Quick,
             limits: self.limits.clone(),
             deadline: Timestamp::now() + Duration::from_secs(300),

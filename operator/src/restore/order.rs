@@ -97,7 +97,11 @@ pub fn before(restore: &VMRestore, source: &VMSnapshot, content: &VMRestoreConte
             class_name: source.spec.class_name.clone(),
             consistency: Consistency { required: ConsistencyLevel::Crash, fallback: Fallback::Fail },
             quiesce: Quiesce::default(),
-            disks: DiskSelection { include: planned.map(|disk| disk.name.clone()).collect(), exclude: vec![] },
+            disks: DiskSelection {
+                include: planned.map(|disk| disk.name.clone()).collect(),
+                exclude: vec![],
+                targets: vec![],
+            },
             failure_deadline: SAVING_DEADLINE.into(),
             deletion_policy: None,
             hold: false,

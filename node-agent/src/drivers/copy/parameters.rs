@@ -3,13 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::naming::Template;
 use crate::drivers::quantity::bytes;
 use crate::drivers::{DriverError, Result};
 
-const DIRECTORY: &str = "directory";
+/// The parameter that says where copies go.
+pub const DIRECTORY: &str = "directory";
 const SPEED: &str = "speed";
 const FORMAT: &str = "format";
 const COMPRESSED: &str = "compressed";
+/// The parameter that names copies.
+pub const OUTPUT_TEMPLATE: &str = "outputTemplate";
+/// The parameter that says where users' own files are.
+pub const TARGETS: &str = "targets";
 
 /// Format of a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -43,6 +49,10 @@ pub struct Parameters {
     pub format: Format,
     /// Whether the data is compressed.
     pub compressed: bool,
+    /// What copies are called, beneath the directory; as the driver likes where absent.
+    pub template: Option<Template>,
+    /// Below which files are that users made for copies, each namespace's in a directory of its own.
+    pub targets: Option<PathBuf>,
 }
 
 impl Parameters {
@@ -62,7 +72,8 @@ impl Parameters {
     fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
         match (key, value) {
             (DIRECTORY, path) if Path::new(path).is_absolute() => self.directory = Some(path.into()),
-            (DIRECTORY, other) => return Err(format!("`{other}` is not an absolute path")),
+            (TARGETS, path) if Path::new(path).is_absolute() => self.targets = Some(path.into()),
+            (DIRECTORY | TARGETS, other) => return Err(format!("`{other}` is not an absolute path")),
             (SPEED, speed) => {
                 let refused = || format!("`{speed}` is not a number of bytes a second such as 100Mi");
                 self.speed = bytes(speed).ok_or_else(refused)?;
@@ -70,11 +81,12 @@ impl Parameters {
             (FORMAT, "qcow2") => self.format = Format::Qcow2,
             (FORMAT, "raw") => self.format = Format::Raw,
             (FORMAT, other) => return Err(format!("`{other}` is neither qcow2 nor raw")),
+            (OUTPUT_TEMPLATE, text) => self.template = Some(Template::parse(text)?),
             (COMPRESSED, "true" | "false") => self.compressed = value == "true",
             (COMPRESSED, other) => return Err(format!("`{other}` is neither \"true\" nor \"false\"")),
             _ => {
                 return Err(format!(
-                    "copy doesn't know this one; it knows {DIRECTORY}, {SPEED}, {FORMAT}, {COMPRESSED}"
+                    "copy doesn't know this one; it knows {DIRECTORY}, {SPEED}, {FORMAT}, {COMPRESSED}, {OUTPUT_TEMPLATE}, {TARGETS}"
                 ));
             }
         }
@@ -102,12 +114,14 @@ mod tests {
     #[test]
     fn what_cannot_be_used_is_refused_by_its_key() {
         let raw_compressed = [(FORMAT, "raw"), (COMPRESSED, "true")];
-        let cases: [(&str, &[(&str, &str)]); 6] = [
+        let cases: [(&str, &[(&str, &str)]); 8] = [
             (DIRECTORY, &[(DIRECTORY, "copies")]),
             (SPEED, &[(SPEED, "fast")]),
             (FORMAT, &[(FORMAT, "vmdk")]),
             (COMPRESSED, &[(COMPRESSED, "yes")]),
             (COMPRESSED, &raw_compressed),
+            (OUTPUT_TEMPLATE, &[(OUTPUT_TEMPLATE, "../{disk}")]),
+            (TARGETS, &[(TARGETS, "targets")]),
             ("colour", &[("colour", "red")]),
         ];
         for (key, given) in cases {

@@ -17,8 +17,7 @@ const METADATA_SHARE: u64 = 1000;
 const LEAST_METADATA: u64 = 1 << 20;
 
 /// Makes the file, unless it is there.
-pub async fn make(task: &DiskTask, state: &mut State) -> Result<()> {
-    let directory = state.directory(task)?;
+pub async fn make(task: &DiskTask, state: &mut State, directory: &ImageDirectory) -> Result<()> {
     let name = state.unfinished();
     if state.id.is_some() && state.id == directory.id(&name)? {
         return Ok(());
@@ -36,9 +35,9 @@ pub async fn make(task: &DiskTask, state: &mut State) -> Result<()> {
     let preallocation = if compressed { "preallocation=off" } else { "preallocation=falloc" };
     let arguments = ["create", "-q", "-f", state.format.name(), "-o", preallocation];
     let size = task.size.to_string();
-    qemu_img(&arguments, &directory.join(&name), Some(&size)).await.map_err(|error| error.or_no_space(&directory))?;
+    qemu_img(&arguments, &directory.join(&name), Some(&size)).await.map_err(|error| error.or_no_space(directory))?;
     if compressed {
-        reserve(&directory, &name, needed)?;
+        reserve(directory, &name, needed)?;
     }
     state.id = directory.id(&name)?;
     Ok(())
@@ -52,7 +51,8 @@ pub fn needed(format: Format, size: u64) -> u64 {
     }
 }
 
-fn reserve(directory: &ImageDirectory, name: &str, bytes: u64) -> Result<()> {
+/// Sets space apart beyond what a file has, up to a number of bytes.
+pub fn reserve(directory: &ImageDirectory, name: &str, bytes: u64) -> Result<()> {
     let file = directory.open(name, OFlags::RDWR)?;
     let reserved = rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes);
     let io = |source: rustix::io::Errno| ImageError::Io {
@@ -64,12 +64,12 @@ fn reserve(directory: &ImageDirectory, name: &str, bytes: u64) -> Result<()> {
 }
 
 /// Opens the file in QEMU, unless it is open.
-pub async fn open(vm: &Vm, task: &DiskTask, state: &State) -> Result<()> {
+pub async fn open(vm: &Vm, directory: &ImageDirectory, state: &State) -> Result<()> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if graph.node(&state.node()).is_some() {
         return Ok(());
     }
-    let file = hand_over(vm.qmp(), &state.directory(task)?, &state.unfinished()).await?;
+    let file = hand_over(vm.qmp(), directory, &state.unfinished()).await?;
     let file = json!({"driver": "file", "node-name": state.file_node(), "filename": file, "discard": "unmap"});
     vm.qmp().blockdev_add(&file, QMP_TIMEOUT).await.map_err(qemu("open the copy's file"))?;
     let node = json!({"driver": state.format.name(), "node-name": state.node(), "file": state.file_node(),
