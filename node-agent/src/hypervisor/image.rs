@@ -7,7 +7,6 @@ use std::hash::{Hash, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use k8s_openapi::jiff::Timestamp;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -257,14 +256,6 @@ impl ImageDirectory {
     pub fn sync_file(&self, name: &str) -> Result<()> {
         let file = self.open(name, OFlags::RDONLY)?;
         rustix::fs::fsync(&file).map_err(|source| io_error("sync", &self.join(name), source))
-    }
-
-    /// When a file's data was last changed, by the file system.
-    pub fn written_at(&self, name: &str) -> Result<Timestamp> {
-        let io = |source: std::io::Error| ImageError::Io { doing: "examine", path: self.join(name), source };
-        let file = std::fs::File::from(self.open(name, OFlags::RDONLY)?);
-        let modified = file.metadata().and_then(|found| found.modified()).map_err(io)?;
-        Timestamp::try_from(modified).map_err(|error| io(std::io::Error::other(error)))
     }
 
     /// Names of all files in it.

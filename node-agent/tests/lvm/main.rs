@@ -7,7 +7,6 @@
 
 #[path = "../conformance/content.rs"]
 mod content;
-mod frozen;
 mod machine;
 mod node;
 mod world;
