@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{BootCheck, BootResult};
 use freezeframe_qemu::Error as QemuError;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::hypervisor::image::{ImageError, ImageRoots};
 use crate::hypervisor::still::{SANDBOX, has_sandbox};
+use crate::hypervisor::target_file::BootWith;
 use crate::hypervisor::{QMP_TIMEOUT, Vm, VmKey};
 
 /// Machine of a guest whose file names none.
@@ -39,27 +40,6 @@ pub struct BootDisk {
     pub path: PathBuf,
     /// Format of the image.
     pub format: String,
-}
-
-/// How a guest is started that doesn't start from its disks alone.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-pub struct BootWith {
-    /// Kernel that QEMU loads itself: a file beneath an image root. The disks' boot loader if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kernel: Option<PathBuf>,
-    /// Initial RAM disk of the kernel: a file beneath an image root.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<PathBuf>,
-    /// Command line of the kernel.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub append: Option<String>,
-    /// Memory, in MiB; never more than the agent allows. What the agent allows if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory_mib: Option<u32>,
-    /// QEMU's machine, such as `pc`; `q35` if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub machine: Option<String>,
 }
 
 /// Why disks couldn't be started at all.

@@ -37,23 +37,7 @@ async fn main() -> anyhow::Result<()> {
     let admin = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness).await?;
     let admin = tokio::spawn(admin.serve(shutdown.token()));
 
-    let mut roots = args.image_roots.clone();
-    roots.push(args.vm_root.clone());
-    let boots = Arc::new(Boots::new(
-        args.boot_memory,
-        Duration::from_secs(args.boot_timeout),
-        args.boots_at_once,
-        args.boot_accelerator,
-    ));
-    let sessions = Arc::new(Sessions {
-        vm_root: args.vm_root.clone(),
-        roots: ImageRoots::new(roots),
-        guard: Guard::new(&args.guard_socket),
-        journal: Journal::open(args.state_dir.join("contents"))?,
-        drivers: Drivers::default(),
-        stopped: StoppedVms::awaiting_targets(),
-        boots: boots.clone(),
-    });
+    let sessions = Arc::new(sessions(&args)?);
     let client = kube::Client::try_default().await.context("failed to read how to reach the Kubernetes API")?;
     api_reached.open();
     let locks = VmLocks::default();
@@ -73,11 +57,13 @@ async fn main() -> anyhow::Result<()> {
     };
     tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
     let targets = tokio::spawn(targets.run(shutdown.token()));
-    let restores =
-        Restores { sessions: sessions.clone(), journal: Journal::open(args.state_dir.join("restores"))?, boots };
     let restores = restore_controller::Context {
         client: client.clone(),
-        restores: Arc::new(restores),
+        restores: Arc::new(Restores {
+            sessions: sessions.clone(),
+            journal: Journal::open(args.state_dir.join("restores"))?,
+            boots: sessions.boots.clone(),
+        }),
         locks: locks.clone(),
         metrics: metrics.clone(),
     };
@@ -91,4 +77,19 @@ async fn main() -> anyhow::Result<()> {
     admin.await.context("the admin server ended badly")??;
     tracing::info!("agent ends");
     Ok(())
+}
+
+fn sessions(args: &Args) -> anyhow::Result<Sessions> {
+    let mut roots = args.image_roots.clone();
+    roots.push(args.vm_root.clone());
+    let timeout = Duration::from_secs(args.boot_timeout);
+    Ok(Sessions {
+        vm_root: args.vm_root.clone(),
+        roots: ImageRoots::new(roots),
+        guard: Guard::new(&args.guard_socket),
+        journal: Journal::open(args.state_dir.join("contents"))?,
+        drivers: Drivers::default(),
+        stopped: StoppedVms::awaiting_targets(),
+        boots: Arc::new(Boots::new(args.boot_memory, timeout, args.boots_at_once, args.boot_accelerator)),
+    })
 }

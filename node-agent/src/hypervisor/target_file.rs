@@ -14,7 +14,6 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use serde::{Deserialize, Serialize};
 
 use super::VmKey;
-use crate::boot::BootWith;
 
 /// Its name in the VM's directory.
 pub const FILE: &str = "target.yaml";
@@ -36,6 +35,27 @@ pub struct KnownDisk {
     /// Whether the guest can't write to it: such a disk is left out of snapshots. False if absent.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// How a guest is started that doesn't start from its disks alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct BootWith {
+    /// Kernel that QEMU loads itself: a file beneath an image root. The disks' boot loader if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk of the kernel: a file beneath an image root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// Command line of the kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub append: Option<String>,
+    /// Memory, in MiB; never more than the agent allows. What the agent allows if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u32>,
+    /// QEMU's machine, such as `pc`; `q35` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
 }
 
 /// The file's content.
