@@ -41,6 +41,8 @@ enum Unsettled {
     Thread(#[from] tokio::task::JoinError),
     #[error("nothing heard in {0:?}")]
     Late(Duration),
+    #[error("a block job isn't over yet")]
+    Job,
     #[error("the guest says that it is frozen")]
     Frozen,
 }
@@ -101,6 +103,7 @@ impl Obligation {
             return Ok(());
         }
         if self.renaming.is_none() {
+            self.end_job(qmp).await?;
             let graph = BlockGraph::read(qmp, self.timing.step).await?;
             let mut exchanges = self.record.exchanges.clone();
             exchanges.retain(|exchange| is_active(&graph, &exchange.when_active));
@@ -113,6 +116,17 @@ impl Obligation {
         }
         self.names_due = false;
         Ok(())
+    }
+
+    /// A job that still runs may put another node in the disk's place at any moment: it is cancelled, and seen to be over.
+    async fn end_job(&self, qmp: &Qmp) -> Result<(), Unsettled> {
+        let Some(id) = &self.record.job else { return Ok(()) };
+        let jobs = qmp.query_jobs(self.timing.step).await?;
+        if jobs.iter().all(|job| job.id != *id || job.status == "concluded") {
+            return Ok(());
+        }
+        qmp.job_cancel(id, self.timing.step).await?;
+        Err(Unsettled::Job)
     }
 
     async fn resume(&mut self, qmp: &Qmp) -> Result<(), Unsettled> {

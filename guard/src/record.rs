@@ -37,6 +37,9 @@ pub struct Record {
     /// Names that have to change hands if the cut took place.
     #[serde(default)]
     pub exchanges: Vec<Exchange>,
+    /// A block job that was told to complete, which would be the cut: it must be over before the names can be right.
+    #[serde(default)]
+    pub job: Option<String>,
 }
 
 /// A VM's socket, and how to tell that the one found there later is still the same VM's.
@@ -101,6 +104,7 @@ impl Record {
             ((1..=MAX_DEADLINE_MILLIS).contains(&self.deadline_millis), "deadline is zero or over ten minutes"),
             (self.exchanges.len() <= MAX_EXCHANGES, "too many exchanges"),
             (self.exchanges.iter().all(Exchange::is_confined), "an exchange leaves its directory"),
+            (self.job.as_deref().is_none_or(is_file_stem), "job is not a job's id"),
         ];
         checks.into_iter().find(|(holds, _)| !holds).map_or(Ok(()), |(_, wrong)| Err(Invalid(wrong)))
     }

@@ -32,6 +32,8 @@ pub struct Guest {
     pub late_freeze: bool,
     /// The monitor takes clients and says nothing to them.
     pub mute_monitor: bool,
+    /// A block job `merge` that is told to end has put its node in the disk's place by then.
+    pub merging: bool,
 }
 
 pub struct FakeVm {
@@ -54,6 +56,7 @@ impl FakeVm {
             idle_thaws: 0,
             late_freeze: false,
             mute_monitor: false,
+            merging: false,
         };
         let root = TempDir::new().unwrap();
         let mut vm = Self { root, name, guest: Arc::new(Mutex::new(guest)), tasks: Vec::new() };
@@ -116,6 +119,7 @@ impl FakeVm {
             freeze: true,
             deadline_millis: 60_000,
             exchanges: Vec::new(),
+            job: None,
         }
     }
 
@@ -191,6 +195,15 @@ impl Guest {
             "cont" => {
                 self.note("cont");
                 self.run_state = "running";
+                json!({})
+            }
+            "query-jobs" => {
+                let status = if self.merging { "running" } else { "concluded" };
+                json!([{"id": "merge", "type": "commit", "status": status, "current-progress": 1, "total-progress": 1}])
+            }
+            "job-cancel" => {
+                self.merging = false;
+                self.active_node = "overlay0";
                 json!({})
             }
             "query-block" => json!([{

@@ -69,6 +69,17 @@ async fn names_stay_if_the_cut_did_not_take_place() {
 }
 
 #[tokio::test]
+async fn a_job_that_may_still_take_the_disks_place_is_ended_before_the_names_are_settled() {
+    let (vm, harness) = (FakeVm::start("db"), Harness::start());
+    vm.guest().merging = true;
+    let (exchanges, job) = (vec![vm.exchange(Kind::Replace)], Some("merge".to_owned()));
+    owe(&harness, Record { exchanges, job, ..vm.record() }).await;
+    harness.settled().await;
+    assert!(!vm.guest().merging && !vm.guest().frozen);
+    assert_eq!(vm.content("disk").as_deref(), Some("new layer"));
+}
+
+#[tokio::test]
 async fn names_that_changed_hands_already_are_not_changed_back() {
     let (vm, harness) = (FakeVm::start("db"), Harness::start());
     vm.guest().active_node = "overlay0";

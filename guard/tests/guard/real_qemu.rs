@@ -89,6 +89,7 @@ async fn a_wedged_agent_loses_the_monitor_and_cut_and_pause_are_finished() {
         freeze: false,
         deadline_millis: 60_000,
         exchanges: vec![exchange],
+        job: None,
     };
     let window = harness.guard().arm(record, &[qmp.stream_fd()]).await.unwrap();
     let overlay = json!({"driver": "qcow2", "node-name": "overlay0", "backing": null,
@@ -120,6 +121,7 @@ async fn a_guest_without_an_agent_is_owed_until_its_qemu_ends() {
         freeze: true,
         deadline_millis: 60_000,
         exchanges: Vec::new(),
+        job: None,
     };
     let (qmp, _) = vm.monitor().await;
     qmp.stop(SOON).await.unwrap();

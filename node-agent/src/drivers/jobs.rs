@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use freezeframe_qemu::{Job, Qmp};
+use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{DriverError, Result, qemu};
@@ -78,6 +79,31 @@ pub async fn dismiss_if_concluded(qmp: &Qmp, id: &str) -> Result<()> {
             qmp.job_dismiss(id, QMP_TIMEOUT).await.map_err(qemu("dismiss a block job"))
         }
         _ => Ok(()),
+    }
+}
+
+/// Cancels a job that isn't over, and sees it over. One that ended in good order stays in the list, as the proof of that.
+pub async fn end(qmp: &Qmp, id: &str) -> Result<()> {
+    match find(qmp, id).await? {
+        Some(job) if job.status != "concluded" => {}
+        _ => return Ok(()),
+    }
+    qmp.job_cancel(id, QMP_TIMEOUT).await.map_err(qemu("cancel a block job"))?;
+    match wait(qmp, id, Wanted::Concluded).await {
+        // A cancelled job ends with an error, which is what was asked for.
+        Ok(()) | Err(DriverError::Job { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Lets a job go as fast as it can, and on where it was made to rest. What is over by then needs neither.
+pub async fn hurry(qmp: &Qmp, id: &str) {
+    for (command, arguments) in
+        [("job-resume", json!({"id": id})), ("block-job-set-speed", json!({"device": id, "speed": 0}))]
+    {
+        if let Err(error) = qmp.execute::<serde_json::Value>(command, arguments, QMP_TIMEOUT).await {
+            tracing::debug!(job = id, command, %error, "a job was not hurried");
+        }
     }
 }
 

@@ -210,7 +210,7 @@ impl Sessions {
         }
         let Cut { actions, exchanges, host } = all;
         let id = order.uid.clone();
-        Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges, host })
+        Ok(Plan { id, freeze, pause, running, max_hold: order.max_hold, actions, exchanges, host, job: None })
     }
 
     /// The window, and a second one without a freeze where that was all that failed and the order allows it.

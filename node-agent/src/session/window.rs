@@ -65,6 +65,8 @@ pub struct Plan {
     pub exchanges: Vec<Exchange>,
     /// Cuts outside QEMU, beside the transaction.
     pub host: Vec<HostCut>,
+    /// The block job whose completion is the cut, in place of a transaction.
+    pub job: Option<String>,
 }
 
 /// What is to be frozen.
@@ -127,10 +129,11 @@ pub async fn switch(vm: &mut Vm, guard: &Guard, id: String, switch: &Switch) -> 
         actions: vec![],
         exchanges: vec![switch.exchange.clone()],
         host: vec![],
+        job: switch.job.clone(),
     };
     let armed = arm(vm, guard, &plan).await?;
     let mut hold = Hold::default();
-    let done = hold.switch(vm, &armed, &plan, switch.job.as_deref()).await;
+    let done = hold.switch(vm, &armed, &plan).await;
     crash::point("switched");
     let let_go = hold.let_go(vm, &armed, &plan).await;
     end(armed, done, let_go).await
@@ -150,6 +153,7 @@ async fn arm(vm: &Vm, guard: &Guard, plan: &Plan) -> Result<Window, WindowError>
         freeze: plan.freeze.is_some(),
         deadline_millis: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
         exchanges: plan.exchanges.clone(),
+        job: plan.job.clone(),
     };
     guard.arm(record, &vm.stream_fds()).await.map_err(WindowError::Arm)
 }
@@ -223,10 +227,10 @@ impl Hold {
         self.exchange(plan)
     }
 
-    async fn switch(&mut self, vm: &Vm, armed: &Window, plan: &Plan, job: Option<&str>) -> Result<(), WindowError> {
+    async fn switch(&mut self, vm: &Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
         armed.give_up_after(plan.max_hold + HOLD_SLACK);
         self.pause(vm, armed, plan).await?;
-        if let Some(job) = job {
+        if let Some(job) = &plan.job {
             self.cut_sent = true;
             let completed = async {
                 vm.qmp().job_complete(job, plan.max_hold).await.map_err(crate::drivers::qemu("complete the merge"))?;
@@ -273,7 +277,9 @@ impl Hold {
 
     /// Undoes the hold, in reverse, whatever came before.
     async fn let_go(&mut self, vm: &mut Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
+        let mut settled = Ok(());
         if self.cut_sent && !self.exchanged {
+            settled = end_job(vm, plan).await;
             self.exchange_if_cut(vm, plan).await;
         }
         if let Some(at) = self.paused_at {
@@ -284,7 +290,7 @@ impl Hold {
             self.frozen_for = self.frozen_at.map(|at| at.elapsed());
             self.thawed = self.thaw(vm, armed, plan).await.map_err(WindowError::ThawOwed)?;
         }
-        Ok(())
+        settled
     }
 
     /// Thaws once; or, when the guard died, for as long as the freeze may take: nobody else is left who would.
@@ -327,6 +333,16 @@ impl Hold {
             offsets: self.offsets,
         }
     }
+}
+
+/// A job that was told to complete and didn't in time would put its node in the disk's place whenever it likes, with the
+/// guest running and the names as they were. It is cancelled and seen to be over; else that is the guard's to do.
+async fn end_job(vm: &Vm, plan: &Plan) -> Result<(), WindowError> {
+    let Some(job) = &plan.job else { return Ok(()) };
+    timeout(LOOK, jobs::end(vm.qmp(), job))
+        .await
+        .map_err(|_| WindowError::HoldExceeded(LOOK))?
+        .map_err(WindowError::Switch)
 }
 
 async fn resume(vm: &Vm, armed: &Window) -> Result<(), QemuError> {

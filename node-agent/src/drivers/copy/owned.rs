@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::State;
 use super::parameters::Format;
+use super::parameters::Parameters;
 use super::target::{needed, reserve};
 use crate::drivers::tool::look;
 use crate::drivers::{DiskTask, DriverError, Removal, Result};
@@ -42,7 +43,7 @@ pub async fn lend(task: &DiskTask, state: &mut State, directory: &ImageDirectory
     state.id = Some(id);
     directory.rename_new(&state.file, &borrowed)?;
     drop(lock);
-    check_empty(state, directory).await?.map_err(&refused)?;
+    check_empty(task, state, directory).await?.map_err(&refused)?;
     let (free, needed) = (directory.free_bytes()?, needed(state.format, task.size));
     if free < needed {
         return Err(DriverError::NoSpace { path, needed, free });
@@ -80,7 +81,11 @@ struct Extent {
 
 /// It reads as zeroes, by its own map. The little that was written is read: `qemu-img create` itself writes the first
 /// sectors of a raw image.
-async fn check_empty(state: &State, directory: &ImageDirectory) -> Result<std::result::Result<(), String>> {
+async fn check_empty(
+    task: &DiskTask,
+    state: &State,
+    directory: &ImageDirectory,
+) -> Result<std::result::Result<(), String>> {
     let arguments = ["map", "--output=json", "-f", state.format.name()];
     let seen = look(&arguments, &directory.join(&state.unfinished()), &[], LOOK_TIMEOUT).await?;
     if seen.code != Some(0) {
@@ -88,6 +93,10 @@ async fn check_empty(state: &State, directory: &ImageDirectory) -> Result<std::r
     }
     let extents: Vec<Extent> = serde_json::from_str(&seen.printed)
         .map_err(|error| DriverError::Tool { tool: "qemu-img", output: error.to_string() })?;
+    if Parameters::parse(&task.parameters)?.compressed && extents.iter().any(|extent| extent.offset.is_some()) {
+        // QEMU can't write compressed data there, and the guest's own writes would fail with the copy's.
+        return Ok(Err("has space set aside, which a compressed copy can't use".into()));
+    }
     let written: Vec<_> = extents.iter().filter(|extent| !extent.zero).collect();
     let little = written.iter().map(|extent| extent.length).sum::<u64>() <= MOST_READ;
     let file = File::from(directory.open(&state.unfinished(), OFlags::RDONLY)?);

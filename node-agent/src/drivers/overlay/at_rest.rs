@@ -13,13 +13,15 @@ use crate::drivers::{Result, qemu};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// Makes the images below the disk's own read-only again, which writes out their tables; whether one wasn't.
-pub async fn restore(vm: &Vm, place: &Place<'_>) -> Result<bool> {
+pub async fn restore(vm: &Vm, place: &Place<'_>, own_job: &str) -> Result<bool> {
     let left = || place.chain.iter().skip(1).filter(|node| !node.read_only && may_be_reopened(node));
     if left().next().is_none() {
         return Ok(false);
     }
     let jobs = vm.qmp().query_jobs(QMP_TIMEOUT).await.map_err(qemu("list the block jobs"))?;
-    if jobs.iter().any(|job| job.status != "concluded") {
+    // Another job than the merge's own is no leave to merge into an image that is writable: where it uses the image, QEMU
+    // refuses.
+    if jobs.iter().any(|job| job.id == own_job && job.status != "concluded") {
         return Ok(false);
     }
     for node in left() {

@@ -158,7 +158,7 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
         return finish_active(vm, directory, state, &place).await;
     }
     refuse_foreign_dependents(directory, state, &place)?;
-    if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place).await? {
+    if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place, &state.job()).await? {
         return Ok(Removal::Again);
     }
     renew_all(env, vm, &place).await?;
@@ -249,6 +249,8 @@ async fn commit_active(
     } else {
         jobs::wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
     }
+    // What the guest wrote meanwhile is merged while its virtual CPUs stand still.
+    jobs::hurry(vm.qmp(), &state.job()).await;
     switch(directory, state, Some(state.job()), place)
 }
 
@@ -301,6 +303,11 @@ async fn commit_middle(
         return Ok(kept);
     }
     if !place.may_become_writable(over) {
+        // It could be when the merge was begun, which then made way: nothing of it counts.
+        if state.merging.take().is_some() {
+            state.closing = nodes_of(place.chain[at]);
+            return Ok(Removal::Again);
+        }
         return stream_up(env, vm, directory, state, place, at).await;
     }
     if state.merging.is_none() {
@@ -375,7 +382,12 @@ fn below_name(directory: &ImageDirectory, state: &State) -> Result<String> {
 }
 
 async fn start(env: &Env<'_>, vm: &Vm, state: &State, command: &str, mut arguments: Value) -> Result<()> {
-    if jobs::find(vm.qmp(), &state.job()).await?.is_some() {
+    if let Some(job) = jobs::find(vm.qmp(), &state.job()).await? {
+        // It rested when the agent that had it rest ended.
+        if ["paused", "standby"].contains(&job.status.as_str()) {
+            let resumed = vm.qmp().execute::<Value>("job-resume", json!({"id": job.id}), QMP_TIMEOUT).await;
+            resumed.map_err(qemu("let a merge go on"))?;
+        }
         return Ok(());
     }
     arguments["speed"] = env.pace.speed.into();
