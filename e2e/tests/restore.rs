@@ -6,13 +6,15 @@ use anyhow::{Context, Result, ensure};
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{BootResult, RestorePhase, RunState, VMRestore, VMSnapshot, VMSnapshotClass, VMTarget};
 use freezeframe_e2e::restores::{restore_phase, restored_images};
-use freezeframe_e2e::snapshots::{checksums, files, images};
+use freezeframe_e2e::snapshots::{checksums, files, has_ended, images};
 use freezeframe_e2e::{Cache, Disk, Format, World, WorldConfig, await_object, witness};
 use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
+/// What the agent gives a guest on trial, and the snapshot itself.
+const BOOTED: Duration = Duration::from_secs(180);
 const VM: &str = "db-1";
 
 /// A world whose guest has written, was snapshotted, and has written more.
@@ -152,7 +154,9 @@ async fn a_snapshot_is_seen_to_boot_while_its_vm_goes_on() -> Result<()> {
         .create(&PostParams::default(), &serde_json::from_value::<VMSnapshotClass>(class)?)
         .await?;
     world.guest()?.await_records(20, SOON).await?;
-    let taken = world.take("tried", json!({"vmName": VM, "className": "tried"})).await?;
+    world.apply_snapshot("tried", json!({"vmName": VM, "className": "tried"})).await?;
+    let taken = await_object(&world.snapshots(), "tried", "the snapshot to be tried", BOOTED, has_ended).await;
+    let taken = taken.map_err(|error| world.with_logs(error))?;
     let status = taken.status.as_ref().context("no status")?;
     let found = status.boot.as_ref().with_context(|| format!("no result of booting: {status:#?}"))?;
     ensure!(status.ready_to_use && found.result == BootResult::AgentAnswered, "{found:?}");

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use freezeframe_api::v1alpha1::{RunState, TargetDisk, VMTargetStatus};
 
 use super::probe::target_disk;
+use crate::drivers::Writers;
 use crate::hypervisor::VmKey;
 use crate::hypervisor::disks::disks;
 use crate::hypervisor::still::{Still, StillError};
@@ -72,9 +73,11 @@ async fn open(sessions: &Sessions, vm: &VmKey, file: &TargetFile) -> Result<Vec<
     let found = disks(still.vm(), &sessions.roots).await;
     still.stop().await;
     let found = found.map_err(|source| StillError::Graph { vm: vm.clone(), source })?.found;
-    let as_the_file_says = found.iter().map(|disk| TargetDisk {
-        read_only: file.disks.iter().any(|known| known.name == disk.name && known.read_only),
-        ..target_disk(disk, &sessions.drivers)
+    let as_the_file_says = found.into_iter().map(|mut disk| {
+        // Looking opens every disk so that nothing can be written to it.
+        let read_only = file.disks.iter().any(|known| known.name == disk.name && known.read_only);
+        disk.facts.writers = if read_only { Writers::Nobody } else { Writers::Guest };
+        target_disk(&disk, &sessions.drivers)
     });
     Ok(as_the_file_says.collect())
 }
