@@ -32,8 +32,8 @@ pub struct Guest {
     pub late_freeze: bool,
     /// The monitor takes clients and says nothing to them.
     pub mute_monitor: bool,
-    /// A block job `merge` that is told to end has put its node in the disk's place by then.
-    pub merging: bool,
+    /// Status of a block job `merge`, which has put its node in the disk's place by the time that it is cancelled.
+    pub merge: &'static str,
 }
 
 pub struct FakeVm {
@@ -56,7 +56,7 @@ impl FakeVm {
             idle_thaws: 0,
             late_freeze: false,
             mute_monitor: false,
-            merging: false,
+            merge: "concluded",
         };
         let root = TempDir::new().unwrap();
         let mut vm = Self { root, name, guest: Arc::new(Mutex::new(guest)), tasks: Vec::new() };
@@ -198,11 +198,10 @@ impl Guest {
                 json!({})
             }
             "query-jobs" => {
-                let status = if self.merging { "running" } else { "concluded" };
-                json!([{"id": "merge", "type": "commit", "status": status, "current-progress": 1, "total-progress": 1}])
+                json!([{"id": "merge", "type": "commit", "status": self.merge, "current-progress": 1, "total-progress": 1}])
             }
             "job-cancel" => {
-                self.merging = false;
+                self.merge = "concluded";
                 self.active_node = "overlay0";
                 json!({})
             }

@@ -71,11 +71,11 @@ async fn names_stay_if_the_cut_did_not_take_place() {
 #[tokio::test]
 async fn a_job_that_may_still_take_the_disks_place_is_ended_before_the_names_are_settled() {
     let (vm, harness) = (FakeVm::start("db"), Harness::start());
-    vm.guest().merging = true;
+    vm.guest().merge = "running";
     let (exchanges, job) = (vec![vm.exchange(Kind::Replace)], Some("merge".to_owned()));
     owe(&harness, Record { exchanges, job, ..vm.record() }).await;
     harness.settled().await;
-    assert!(!vm.guest().merging && !vm.guest().frozen);
+    assert_eq!((vm.guest().merge, vm.guest().frozen), ("concluded", false));
     assert_eq!(vm.content("disk").as_deref(), Some("new layer"));
 }
 
