@@ -12,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 use freezeframe_api::v1alpha1::{ConsistencyEvidence, ConsistencyLevel, Phase, VMSnapshot};
 use freezeframe_e2e::snapshots::{checksums, images, phase};
 use freezeframe_e2e::{
-    Disk, DiskSpec, Filesystem, Format, Load, Place, World, WorldConfig, run, verify_by_booting, witness,
+    Disk, DiskSpec, Filesystem, Format, Load, Place, World, WorldConfig, await_condition, run, verify_by_booting,
+    witness,
 };
 use serde_json::{Value, json};
 
@@ -209,13 +210,41 @@ async fn overlays_are_one_instant_of_a_writing_guest_and_go_in_any_order() -> Re
     keeps_what_it_took(&disks, Load::Light, &["overlay"]).await
 }
 
+/// A disk for every layer that needs no device-mapper, and the order of drivers in which each takes its own.
+const EVERY_LAYER: [Layer; 4] = [
+    layer(Place::Plain, Format::Qcow2, "overlay"),
+    layer(Place::Xfs, Format::Raw, "reflink"),
+    layer(Place::Btrfs, Format::Qcow2, "btrfs"),
+    layer(Place::Plain, Format::Raw, "copy"),
+];
+const EVERY_DRIVER: [&str; 4] = ["btrfs", "reflink", "overlay", "copy"];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn disks_on_every_layer_of_one_vm_are_one_instant_and_go_in_any_order() -> Result<()> {
-    let disks = [
-        layer(Place::Plain, Format::Qcow2, "overlay"),
-        layer(Place::Xfs, Format::Raw, "reflink"),
-        layer(Place::Btrfs, Format::Qcow2, "btrfs"),
-        layer(Place::Plain, Format::Raw, "copy"),
-    ];
-    keeps_what_it_took(&disks, Load::Row, &["btrfs", "reflink", "overlay", "copy"]).await
+    keeps_what_it_took(&EVERY_LAYER, Load::Row, &EVERY_DRIVER).await
+}
+
+/// Nothing but the stopped virtual CPUs holds the disks together here, and QEMU's are cut long before the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_freeze_disks_on_every_layer_of_one_vm_are_one_instant_too() -> Result<()> {
+    let mut layers = Layers::start(&EVERY_LAYER, Load::Row, &EVERY_DRIVER).await?;
+    let world = &mut layers.world;
+    let released = world.directory().join("released");
+    world.programs.agent.restart_with("FREEZEFRAME_HANG_AT", format!("host-cut:{}", released.display()))?;
+    world.programs.agent.await_ready().await?;
+    world.guest()?.await_records(20, SOON).await?;
+    let wanted = json!({"vmName": VM, "className": "layers", "consistency": {"required": "Crash"}});
+    world.apply_snapshot("crash", wanted).await?;
+    let hangs = async || Ok(world.programs.agent.log()?.contains("crash point reached").then_some(()));
+    await_condition("the cuts outside QEMU to hang", SOON, hangs).await?;
+    let wrote = world.guest()?.await_records(10, Duration::from_millis(500)).await;
+    std::fs::write(released, "")?;
+    let taken = world.await_end("crash").await?;
+    ensure!(phase(&taken) == Some(Phase::Ready), "not Ready: {:#?}", taken.status);
+    let proof = evidence(&taken)?;
+    ensure!(proof.level == ConsistencyLevel::Crash && proof.frozen_filesystems.is_none(), "{proof:?}");
+    witness::check(&images(&taken)?)?.ensure_row_of_one_instant()?;
+    ensure!(wrote.is_err(), "the guest wrote between two cuts");
+    world.delete("crash").await?;
+    layers.ensure_unharmed().await
 }

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::window::WindowError;
+use crate::crash;
 use crate::drivers::{DriverError, HostCut};
 
 /// Which disks one cut cut, and when it was done.
@@ -11,7 +12,11 @@ pub(super) type Made = (Vec<String>, Instant);
 /// Makes all cuts outside QEMU at once and waits for the last.
 pub(super) async fn host_cuts(cuts: Vec<HostCut>) -> Result<Vec<Made>, WindowError> {
     let made = cuts.into_iter().map(|HostCut { disks, run }| async move {
-        let made = tokio::task::spawn_blocking(move || run().map(|()| Instant::now())).await;
+        let cut = move || {
+            crash::point("host-cut");
+            run().map(|()| Instant::now())
+        };
+        let made = tokio::task::spawn_blocking(cut).await;
         let made = made.unwrap_or_else(|_| Err(DriverError::NotNow("the cut was given up".into())));
         match made {
             Ok(at) => Ok((disks, at)),
