@@ -1,17 +1,19 @@
 //! The per-node agent of Freezeframe.
 //!
-//! [`targets`] publishes the VMs of this node; [`controller`] watches this node's work orders and runs one
-//! [`session`] for each; a session works through [`drivers`] on one VM's [`hypervisor`].
+//! [`targets`] publishes the VMs of this node; [`orders`] watches this node's work orders: [`controller`] runs one
+//! [`session`] for each snapshot, [`restore`] brings disks back; both work on one VM's [`hypervisor`], a session through
+//! [`drivers`].
 
 pub mod args;
 pub mod boot;
-pub mod controller;
+mod controller;
 mod crash;
 pub mod drivers;
 pub mod fill;
 pub mod hypervisor;
 pub mod locks;
 pub mod metrics;
+pub mod orders;
 mod report;
 pub mod restore;
 pub mod session;

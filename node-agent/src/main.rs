@@ -8,13 +8,13 @@ use clap::Parser;
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::args::Args;
 use freezeframe_node_agent::boot::Boots;
-use freezeframe_node_agent::controller::{self, Context};
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::fill::FillWatch;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::locks::VmLocks;
 use freezeframe_node_agent::metrics::Metrics;
-use freezeframe_node_agent::restore::{Restores, controller as restore_controller};
+use freezeframe_node_agent::orders::{self, Context};
+use freezeframe_node_agent::restore::Restores;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
@@ -57,9 +57,9 @@ async fn main() -> anyhow::Result<()> {
     };
     tracing::info!(node = args.node_name, vm_root = %args.vm_root.display(), "agent starts");
     let targets = tokio::spawn(targets.run(shutdown.token()));
-    let restores = restore_controller::Context {
+    let restores = Context {
         client: client.clone(),
-        restores: Arc::new(Restores {
+        work: Arc::new(Restores {
             sessions: sessions.clone(),
             journal: Journal::open(args.state_dir.join("restores"))?,
             boots: sessions.boots.clone(),
@@ -68,9 +68,9 @@ async fn main() -> anyhow::Result<()> {
         metrics: metrics.clone(),
     };
     let (node, stop) = (args.node_name.clone(), shutdown.token());
-    let restores = tokio::spawn(async move { restore_controller::run(restores, &node, stop).await });
+    let restores = tokio::spawn(async move { orders::run(restores, &node, stop).await });
     let fills = tokio::spawn(fills.run(shutdown.token()));
-    controller::run(Context { client, sessions, locks, metrics }, &args.node_name, shutdown.token()).await;
+    orders::run(Context { client, work: sessions, locks, metrics }, &args.node_name, shutdown.token()).await;
     restores.await.context("restoring ended badly")?;
     targets.await.context("publishing targets ended badly")?;
     fills.await.context("watching snapshots ended badly")?;

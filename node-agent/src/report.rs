@@ -1,17 +1,19 @@
 //! Reporting to the API: only `status`, only of this node's objects, only when something changed.
 
-use std::fmt::Debug;
 use std::time::Duration;
 
 use freezeframe_api::AGENT_MANAGER;
-use freezeframe_api::v1alpha1::{VMSnapshotContent, VMSnapshotContentStatus};
+use freezeframe_api::v1alpha1::{VMRestoreContentStatus, VMSnapshotContentStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
-use kube::core::ClusterResourceScope;
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::core::object::HasStatus;
+use kube::{Api, Client, ResourceExt};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::time::timeout;
+
+use crate::orders::WorkOrder;
 
 /// Bound of one call to the API.
 pub const API_TIMEOUT: Duration = Duration::from_secs(15);
@@ -41,23 +43,64 @@ pub async fn call<T>(what: &str, call: impl Future<Output = kube::Result<T>>) ->
     }
 }
 
-/// Writes a content's status, unless it says the same already. A content that is gone needs no report.
-pub async fn report(
-    client: &Client,
-    content: &VMSnapshotContent,
-    status: &VMSnapshotContentStatus,
-) -> Result<(), ReportError> {
-    if content.status.as_ref() == Some(status) {
-        return Ok(());
+/// A status that has conditions.
+pub trait Conditions: Clone + PartialEq + Serialize {
+    /// The conditions.
+    fn conditions(&mut self) -> &mut Vec<Condition>;
+}
+
+impl Conditions for VMSnapshotContentStatus {
+    fn conditions(&mut self) -> &mut Vec<Condition> {
+        &mut self.conditions
     }
-    write_status(client, content, status).await
+}
+
+impl Conditions for VMRestoreContentStatus {
+    fn conditions(&mut self) -> &mut Vec<Condition> {
+        &mut self.conditions
+    }
+}
+
+/// Writes an object's status, unless it says the same already. An object that is gone needs no report.
+pub async fn report<K>(client: &Client, object: &K, status: &K::Status) -> Result<(), ReportError>
+where
+    K: WorkOrder + HasStatus<Status: Conditions>,
+{
+    let mut status = status.clone();
+    if let Some(before) = object.status() {
+        if timeless(before) == timeless(&status) {
+            return Ok(());
+        }
+        keep_times(before, &mut status);
+    }
+    write_status(client, object, &status).await
+}
+
+fn timeless<S: Conditions>(status: &S) -> S {
+    let mut status = status.clone();
+    for condition in status.conditions() {
+        condition.last_transition_time.0 = Timestamp::UNIX_EPOCH;
+    }
+    status
+}
+
+/// A condition that didn't change its status is as old as it was.
+fn keep_times<S: Conditions>(before: &S, status: &mut S) {
+    let before = std::mem::take(before.clone().conditions());
+    for condition in status.conditions() {
+        let same = before.iter().find(|old| old.type_ == condition.type_ && old.status == condition.status);
+        if let Some(old) = same {
+            condition.last_transition_time = old.last_transition_time.clone();
+        }
+    }
 }
 
 /// Writes an object's status. An object that is gone needs no report.
-pub async fn write_status<K>(client: &Client, object: &K, status: &impl Serialize) -> Result<(), ReportError>
-where
-    K: Resource<DynamicType = (), Scope = ClusterResourceScope> + Clone + Debug + DeserializeOwned,
-{
+pub async fn write_status<K: WorkOrder>(
+    client: &Client,
+    object: &K,
+    status: &impl Serialize,
+) -> Result<(), ReportError> {
     let name = object.name_any();
     // The UID fences: an object of the same name that isn't the one we worked for refuses the write.
     let patch = json!({

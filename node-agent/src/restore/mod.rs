@@ -15,7 +15,7 @@
 //! What is made is named in the journal first. A restore that a crash interrupted goes on where it was; one that failed
 //! or was cancelled is taken back, unless a name has changed hands: then it goes on.
 
-pub mod controller;
+mod controller;
 mod finish;
 mod links;
 mod make;
@@ -45,7 +45,6 @@ use crate::session::outcome::{Failure, chain};
 use crate::session::{Progress, Sessions, cancelled};
 pub(crate) use links::image_on_top;
 use order::RestoreOrder;
-pub(crate) use outcome::says_the_same;
 use record::{DiskRestore, Method, RestoreRecord, Stage};
 
 /// What restores of this node share.

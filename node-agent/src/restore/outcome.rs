@@ -106,19 +106,6 @@ pub fn removed(
     status
 }
 
-/// Whether two reports differ in nothing but times.
-#[must_use]
-pub fn says_the_same(a: &VMRestoreContentStatus, b: &VMRestoreContentStatus) -> bool {
-    let timeless = |status: &VMRestoreContentStatus| {
-        let mut status = status.clone();
-        for condition in &mut status.conditions {
-            condition.last_transition_time.0 = Timestamp::UNIX_EPOCH;
-        }
-        status
-    };
-    timeless(a) == timeless(b)
-}
-
 fn accepted(status: &mut VMRestoreContentStatus, order: &RestoreOrder) {
     conditions(status, order, types::ACCEPTED, true, reasons::ACCEPTED, "");
 }
