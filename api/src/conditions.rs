@@ -23,6 +23,9 @@ pub mod types {
     /// Space runs out: that of a snapshot which can overflow, or of the file systems that a target's disks grow on.
     /// Absent until it once did.
     pub const SPACE_LOW: &str = "SpaceLow";
+    /// On a target: a disk has more images below its own than its snapshots' classes want, and they can't be merged by
+    /// themselves. Absent until it once was so.
+    pub const CHAIN_TOO_DEEP: &str = "ChainTooDeep";
     /// On a target: the guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
 }
@@ -69,6 +72,12 @@ pub mod reasons {
     pub const SPACE_LOW: &str = "SpaceLow";
     /// There is enough space again.
     pub const ENOUGH_SPACE: &str = "EnoughSpace";
+    /// Snapshots need all images of a chain that is too deep.
+    pub const NEEDED_BY_SNAPSHOTS: &str = "NeededBySnapshots";
+    /// The chain could be shortened, but not now.
+    pub const NOT_NOW: &str = "NotNow";
+    /// No chain is deeper than it may be, or it is being shortened.
+    pub const SHORT_ENOUGH: &str = "ShortEnough";
     /// More changed than the space that was set apart for a snapshot could take: it lost its contents.
     pub const SNAPSHOT_OVERFLOWED: &str = "SnapshotOverflowed";
     /// A target couldn't be prepared.

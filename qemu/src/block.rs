@@ -76,6 +76,8 @@ pub struct Node {
     pub read_only: bool,
     /// What the guest sees, in bytes.
     pub virtual_size: u64,
+    /// What the image takes on its file system, in bytes; 0 where QEMU doesn't say.
+    pub actual_size: u64,
     /// The node of the backing image.
     pub backing: Option<String>,
     /// Whether the data is in another file than the image, so that `file_child` is not the image's own.

@@ -26,4 +26,18 @@ pub struct Limits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16), regex(pattern = r"^([1-9][0-9]?%|[1-9][0-9]*(Mi|Gi|Ti))$"))]
     pub min_free: Option<String>,
+    /// How many images may be below a disk's own before those in between that no snapshot needs are merged by
+    /// themselves, the oldest first. Of several snapshots of a VM the least counts, as each was taken with it. Set by the
+    /// administrator, 1 to 256; nothing is merged by itself when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 256))]
+    pub max_chain_depth: Option<i32>,
+    /// For how long what the guest writes must fit, at the rate that was measured, on each file system that a snapshot
+    /// makes fill: free space must be what the snapshot takes at once and this. A snapshot that would leave less is
+    /// refused, with reason `NoSpace` and the numbers. Set by the administrator, 1m to 168h; nothing is forecast when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(\.[0-9]+)?(s|m|h))+$"))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('1m') && duration(self) <= duration('168h')")
+        .message("spaceHorizon must be between 1m and 168h"))]
+    pub space_horizon: Option<Duration>,
 }

@@ -75,6 +75,14 @@ pub struct TargetDisk {
     /// Images below this one that it depends on.
     #[serde(default)]
     pub chain_depth: i32,
+    /// What the images above the lowest one take on their file system, in bytes, by QEMU's `actual-size`: to within an
+    /// eighth or 64 MiB, so that not every write is news. 0 without a backing image.
+    #[serde(default)]
+    pub overlay_bytes: i64,
+    /// What the guest wrote a second on average over the last minutes, in bytes, rounded up to a power of two; 0 for less
+    /// than 4 KiB. Absent until it was measured, and while the VM doesn't run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_bytes_per_second: Option<i64>,
     /// What can take it, best first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drivers: Vec<DriverChoice>,
@@ -124,8 +132,9 @@ pub struct VMTargetStatus {
     /// What to know about the VM's state. Absent when there is nothing to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// `Ready` (a snapshot can be taken; False by reason `NoSpace` if QEMU stopped the VM for it), `AgentConnected`, and
-    /// `SpaceLow` once a file system of its disks was nearly full.
+    /// `Ready` (a snapshot can be taken; False by reason `NoSpace` if QEMU stopped the VM for it), `AgentConnected`,
+    /// `SpaceLow` once a file system of its disks was nearly full, and `ChainTooDeep` once a disk had more images below it
+    /// than its snapshots' classes want and nothing could be merged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -27,6 +27,8 @@ pub struct FoundDisk {
     pub size: u64,
     /// Images below the top one.
     pub chain_depth: usize,
+    /// What the images above the lowest take on their file system, in bytes.
+    pub overlay_bytes: u64,
     /// What drivers may look at.
     pub facts: DiskFacts,
 }
@@ -75,11 +77,14 @@ fn found_disk(
     roots: &ImageRoots,
 ) -> FoundDisk {
     let path = image_path(node, files, roots);
+    let chain = graph.chain(&node.name);
+    let above_lowest = chain.len().saturating_sub(1);
     FoundDisk {
         name: disk.name(),
         node: node.name.clone(),
         size: node.virtual_size,
-        chain_depth: graph.chain(&node.name).len().saturating_sub(1),
+        chain_depth: above_lowest,
+        overlay_bytes: chain.iter().take(above_lowest).map(|layer| layer.actual_size).sum(),
         facts: DiskFacts {
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),

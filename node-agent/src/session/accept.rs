@@ -213,6 +213,7 @@ mod tests {
             name: name.into(),
             node: format!("node-{name}"),
             size,
+            overlay_bytes: 0,
             chain_depth: 0,
             facts: DiskFacts {
                 format: "qcow2".into(),

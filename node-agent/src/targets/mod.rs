@@ -4,6 +4,7 @@ mod host;
 mod probe;
 mod publish;
 mod space;
+mod steady;
 mod stopped;
 
 use std::collections::HashMap;
@@ -97,6 +98,7 @@ impl Targets {
             }
             known.extend(join_all(probes).await.into_iter().flatten());
         }
+        self.metrics.forget_chains_but(&found);
         let gone: Vec<_> = known.keys().filter(|vm| !found.contains(vm)).cloned().collect();
         for vm in gone {
             if publisher.withdraw(&vm).await {
@@ -114,7 +116,9 @@ impl Targets {
         before: Option<&VMTargetStatus>,
     ) -> Option<(VmKey, VMTargetStatus)> {
         let _turn = self.locks.try_turn(vm)?;
-        let status = probe(&self.sessions, vm, &self.node, files, before).await;
+        let mut status = probe(&self.sessions, vm, &self.node, files, before).await;
+        self.metrics.set_chains(vm, &status.disks);
+        steady::keep(before, &mut status);
         let news = before != Some(&status) && publisher.publish(vm, &status).await;
         if news || before == Some(&status) {
             publisher.label(vm, stopped::labels(&self.sessions, vm)).await;

@@ -108,6 +108,8 @@ pub fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
         size_bytes: i64::try_from(disk.size).unwrap_or(i64::MAX),
         read_only: disk.is_read_only(),
         chain_depth: i32::try_from(disk.chain_depth).unwrap_or(i32::MAX),
+        overlay_bytes: i64::try_from(disk.overlay_bytes).unwrap_or(i64::MAX),
+        write_bytes_per_second: None,
         drivers: drivers.iter().map(|driver| choice(driver.as_ref())).collect(),
     }
 }

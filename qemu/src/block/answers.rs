@@ -68,6 +68,8 @@ struct RawNode {
 struct Image {
     #[serde(default, rename = "virtual-size")]
     virtual_size: u64,
+    #[serde(default, rename = "actual-size")]
+    actual_size: u64,
     #[serde(default, rename = "format-specific")]
     format_specific: Value,
 }
@@ -130,6 +132,7 @@ impl From<RawNode> for Node {
             file: raw.file,
             read_only: raw.ro,
             virtual_size: raw.image.virtual_size,
+            actual_size: raw.image.actual_size,
             external_data: raw.image.has_external_data(),
             backing: None,
             file_child: None,
