@@ -38,7 +38,7 @@ pub struct Options {
 
 /// Measures and prints; nothing is judged.
 pub fn run(options: &Options) -> Result<()> {
-    setup::run()?;
+    setup::run_without_node_vm()?;
     demo::build_programs()?;
     let results = tokio::runtime::Runtime::new()?.block_on(measure(options))?;
     results.print();

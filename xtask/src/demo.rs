@@ -55,7 +55,7 @@ pub fn run(options: &Options) -> Result<()> {
     if options.kubeconfig.is_some() {
         setup::run_for_a_guest()?;
     } else {
-        setup::run()?;
+        setup::run_without_node_vm()?;
     }
     build_programs()?;
     Runtime::new()?.block_on(perform(options))

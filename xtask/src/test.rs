@@ -17,7 +17,7 @@ pub struct Options {
     /// Of the end-to-end tests this one topic alone: a file of e2e/tests, without .rs
     #[arg(long, conflicts_with = "quick")]
     topic: Option<String>,
-    /// The LVM suite in a node VM and more random lives of overlay chains as well: half an hour more
+    /// All of the LVM suite in a node VM and more random lives of overlay chains as well: half an hour more
     #[arg(long, conflicts_with = "quick")]
     all: bool,
 }
@@ -66,8 +66,7 @@ fn stages(options: &Options) -> Vec<Stage> {
         ("generated files", "cargo xtask codegen --check".into(), Box::new(|_| codegen::run(true))),
     ];
     if !options.quick {
-        let setup = if options.all { setup::run_with_node_vm } else { setup::run };
-        stages.insert(0, ("setup", "cargo xtask setup".into(), Box::new(move |_| setup())));
+        stages.insert(0, ("setup", "cargo xtask setup".into(), Box::new(|_| setup::run())));
         stages.push(end_to_end(options));
     }
     stages

@@ -7,6 +7,7 @@
 
 #[path = "../conformance/content.rs"]
 mod content;
+mod frozen;
 mod machine;
 mod node;
 mod world;

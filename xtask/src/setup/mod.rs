@@ -15,12 +15,12 @@ use crate::progress::say;
 
 /// Does what is missing, and only that.
 pub fn run() -> Result<()> {
-    prepare(true, false)
+    prepare(true, true)
 }
 
-/// The same with the node VM, for the LVM suite.
-pub fn run_with_node_vm() -> Result<()> {
-    prepare(true, true)
+/// The same without the node VM, which the demo and the benchmark have no use for.
+pub fn run_without_node_vm() -> Result<()> {
+    prepare(true, false)
 }
 
 /// The same without a control plane of our own, for one who brings a cluster.

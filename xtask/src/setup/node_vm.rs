@@ -17,6 +17,7 @@ const RELEASE: &str = "bookworm";
 
 /// What is installed beside the minimal system.
 const PACKAGES: &[&str] = &[
+    "btrfs-progs",
     "e2fsprogs",
     "iproute2",
     "kmod",
@@ -26,6 +27,7 @@ const PACKAGES: &[&str] = &[
     "qemu-utils",
     "thin-provisioning-tools",
     "udev",
+    "xfsprogs",
 ];
 
 /// What the initramfs loads to reach the root disk, whose ext4 is part of the kernel.
