@@ -302,9 +302,10 @@ pub trait SnapshotDriver: Send + Sync {
     }
 
     /// Lets a task's record follow its artifact, which another snapshot's removal moved.
-    fn follow(&self, task: &mut DiskTask, to: &std::path::Path, _roots: &ImageRoots) -> Result<()> {
+    fn follow(&self, task: &mut DiskTask, to: &std::path::Path, format: &str, _roots: &ImageRoots) -> Result<()> {
         if let Some(artifact) = &mut task.artifact {
             to.clone_into(&mut artifact.handle);
+            format.clone_into(&mut artifact.format);
         }
         Ok(())
     }

@@ -15,9 +15,12 @@
 //! deleted snapshot needed it as it stands ([`merge`]).
 
 mod at_rest;
+pub mod follow;
+mod follow_merge;
 mod merge;
 mod needs;
 mod offline_merge;
+mod parameters;
 mod place;
 mod prepare;
 mod state;
@@ -34,7 +37,9 @@ use serde_json::{Value, json};
 use super::{Cut, DiskFacts, DiskTask, Env, Need, Removal, Result, SnapshotDriver, Verdict, Writers};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
+use follow::Untouched;
 pub(crate) use needs::dependents;
+use parameters::Parameters;
 use state::State;
 
 /// Drivers of QEMU that give a device of the host as it is, with no image format.
@@ -50,10 +55,11 @@ impl SnapshotDriver for Overlay {
     }
 
     fn check_parameters(&self, parameters: &BTreeMap<String, String>) -> Result<()> {
-        super::no_parameters(self.name(), parameters)
+        Parameters::parse(parameters).map(drop)
     }
 
-    fn can_take(&self, disk: &DiskFacts, _: &BTreeMap<String, String>) -> Verdict {
+    fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict {
+        let follow = Parameters::parse(parameters).is_ok_and(|parameters| parameters.follow);
         let refusal = match &disk.path {
             _ if disk.writers == Writers::Nobody => {
                 Some("the guest can't write to it, so there would be nothing in a layer on top".into())
@@ -65,10 +71,7 @@ impl SnapshotDriver for Overlay {
             _ if PASSED_THROUGH.contains(&disk.format.as_str()) => {
                 Some("it is a device of the host that is passed through: there is no image to put a layer on".into())
             }
-            _ if disk.format != "qcow2" => Some(format!(
-                "the image is {}, and a VM restarted with its old command line would read a qcow2 layer as {}",
-                disk.format, disk.format
-            )),
+            _ if !fits(disk, follow) => Some(wrong_format(&disk.format)),
             _ if disk.encrypted => Some("the image is encrypted, and a layer on top would not be".into()),
             _ if disk.has_bitmaps => {
                 Some("the image has dirty bitmaps, which a layer on top would leave behind".into())
@@ -76,7 +79,12 @@ impl SnapshotDriver for Overlay {
             Err(why) => Some(why.clone()),
             Ok(_) => None,
         };
-        refusal.map_or_else(|| Verdict::Usable("qcow2 file: a new layer at once, no copy".into()), Verdict::Unusable)
+        let usable = if disk.format == "qcow2" {
+            "qcow2 file: a new layer at once, no copy".into()
+        } else {
+            format!("{} file: a new layer at once, which the VM must be started with next (startWith)", disk.format)
+        };
+        refusal.map_or(Verdict::Usable(usable), Verdict::Unusable)
     }
 
     fn plan(&self, task: &mut DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<()> {
@@ -96,16 +104,21 @@ impl SnapshotDriver for Overlay {
         for task in group {
             let (action, exchange) = layer_cut(&task.state()?);
             cut.actions.push(action);
-            cut.exchanges.push(exchange);
+            cut.exchanges.extend(exchange);
         }
         Ok(cut)
     }
 
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
-        let state: State = task.state()?;
+        let mut state: State = task.state()?;
         prepare::pin_base(vm, roots, &state).await?;
         prepare::verify(vm, roots, task, &state).await?;
-        task.artifact = Some(super::Artifact { handle: state.directory.join(&state.layer), format: "qcow2".into() });
+        let handle = state.directory.join(&state.layer);
+        task.artifact = Some(super::Artifact { handle, format: state.format.clone() });
+        if state.keeps_name() && state.untouched.is_none() {
+            state.untouched = Some(Untouched::look(&roots.directory(&state.directory)?, &state.layer)?);
+            task.set_state(&state)?;
+        }
         Ok(())
     }
 
@@ -134,20 +147,44 @@ impl SnapshotDriver for Overlay {
         true
     }
 
-    fn follow(&self, task: &mut DiskTask, to: &Path, roots: &ImageRoots) -> Result<()> {
+    fn follow(&self, task: &mut DiskTask, to: &Path, format: &str, roots: &ImageRoots) -> Result<()> {
         let mut state: State = task.state()?;
         let (directory, name) = roots.directory_of(to)?;
         state.base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(to.to_owned()))?;
         state.layer = name;
+        format.clone_into(&mut state.format);
+        if state.keeps_name() {
+            state.untouched = Some(Untouched::look(&directory, &state.layer)?);
+        }
         task.set_state(&state)?;
         if let Some(artifact) = &mut task.artifact {
             to.clone_into(&mut artifact.handle);
+            format.clone_into(&mut artifact.format);
         }
         Ok(())
     }
 }
 
-fn layer_cut(state: &State) -> (Value, Exchange) {
+/// Whether a layer of ours can be the disk.
+fn fits(disk: &DiskFacts, follow: bool) -> bool {
+    disk.format == "qcow2" || (follow && follow::FORMATS.contains(&disk.format.as_str()))
+}
+
+fn wrong_format(format: &str) -> String {
+    let why = format!(
+        "the image is {format}, and a VM restarted with its old command line would read a qcow2 layer as {format}"
+    );
+    if follow::FORMATS.contains(&format) {
+        format!(
+            "{why}; a class with parameter `{}` takes it, where the owner starts the VM with the layer",
+            parameters::FOLLOW
+        )
+    } else {
+        why
+    }
+}
+
+fn layer_cut(state: &State) -> (Value, Option<Exchange>) {
     let action = json!({
         "type": "blockdev-snapshot",
         "data": {"node": state.base_node, "overlay": state.layer_node()},

@@ -21,6 +21,8 @@ pub enum Removal {
         from: PathBuf,
         /// Where it is now.
         to: PathBuf,
+        /// Its format there.
+        format: String,
     },
     /// Nothing is left.
     Done,

@@ -73,9 +73,15 @@ impl StorageDaemon {
     }
 
     /// Opens an image as a node.
-    pub async fn open(&self, node: &str, path: &std::path::Path, backing: Option<&str>) -> Result<(), OfflineError> {
+    pub async fn open(
+        &self,
+        node: &str,
+        format: &str,
+        path: &std::path::Path,
+        backing: Option<&str>,
+    ) -> Result<(), OfflineError> {
         let mut options = json!({
-            "driver": "qcow2",
+            "driver": format,
             "node-name": node,
             "file": {"driver": "file", "filename": path},
         });

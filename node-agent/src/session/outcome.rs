@@ -198,11 +198,12 @@ pub fn not_removed(record: &SessionRecord, why: &str) -> VMSnapshotContentStatus
 }
 
 /// Lets a stored report follow an artifact that moved.
-pub fn follow(record: &mut SessionRecord, from: &Path, to: &Path) {
+pub fn follow(record: &mut SessionRecord, from: &Path, to: &Path, format: &str) {
     let disks = record.status.iter_mut().flat_map(|status| &mut status.disks);
     let is_moved = |disk: &&mut DiskSnapshot| disk.handle.as_ref().is_some_and(|handle| Path::new(&handle.0) == from);
     for disk in disks.filter(is_moved) {
         disk.handle = Some(SnapshotHandle(to.display().to_string()));
+        disk.format = Some(format.to_owned());
     }
 }
 

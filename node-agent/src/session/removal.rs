@@ -194,7 +194,9 @@ impl Sessions {
                     removed.kept.push(format!("disk {disk}: {why}"));
                     return Ok(());
                 }
-                Removal::Moved { from, to } => removed.moved.extend(self.follow(&record.order, &from, &to)?),
+                Removal::Moved { from, to, format } => {
+                    removed.moved.extend(self.follow(&record.order, &from, &to, &format)?);
+                }
                 Removal::Switch(switch) => {
                     if let Some(vm) = &mut vm {
                         let id = format!("{}-{at}", record.order.uid);
@@ -228,20 +230,20 @@ impl Sessions {
     }
 
     /// Lets the record of the snapshot whose artifact moved follow it.
-    fn follow(&self, order: &Order, from: &Path, to: &Path) -> Result<Vec<String>, RemovalError> {
+    fn follow(&self, order: &Order, from: &Path, to: &Path, format: &str) -> Result<Vec<String>, RemovalError> {
         let mut moved = vec![];
         for mut other in self.journal.all()?.into_iter().filter(|other| other.order.uid != order.uid) {
             let tasks = other.tasks.iter_mut().filter(|task| place(&self.drivers, task).as_deref() == Some(from));
             let mut changed = false;
             for task in tasks {
                 if let Some(driver) = self.drivers.find(&task.driver) {
-                    let followed = driver.follow(task, to, &self.roots);
+                    let followed = driver.follow(task, to, format, &self.roots);
                     followed.map_err(|source| RemovalError::Follow(Box::new(source)))?;
                     changed = true;
                 }
             }
             if changed {
-                outcome::follow(&mut other, from, to);
+                outcome::follow(&mut other, from, to, format);
                 self.journal.save(&other)?;
                 moved.push(other.order.content.clone());
             }

@@ -49,6 +49,8 @@ pub struct Lab {
     pub sessions: Sessions,
     /// Those of every order that is made.
     pub limits: Limits,
+    /// The class's parameters for every order that is made.
+    pub parameters: BTreeMap<String, String>,
     /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
     start: Vec<(String, usize)>,
     taken: u32,
@@ -100,6 +102,7 @@ impl Lab {
             others: vec![],
             sessions,
             limits: Limits::default(),
+            parameters: BTreeMap::new(),
             start: vec![],
             taken: 0,
             written: 0,
@@ -152,7 +155,7 @@ impl Lab {
             uid: format!("{:012x}-0000-4000-8000-000000000000", self.taken),
             snapshot: ("shop".into(), format!("s{}", self.taken)),
             vm: VmKey { namespace: "shop".into(), name: "db".into() },
-            drivers: vec![ClassDriver { name: DriverName("overlay".into()), parameters: BTreeMap::new() }],
+            drivers: vec![ClassDriver { name: DriverName("overlay".into()), parameters: self.parameters.clone() }],
             required: ConsistencyLevel::Crash,
             fallback: Fallback::Fail,
             freeze_timeout: Duration::from_secs(5),
@@ -275,7 +278,10 @@ impl Lab {
         for disk in &self.disks {
             self.machine.expect(&disk.id, &disk.now).await;
         }
-        let with_snapshots = self.start.iter().map(|(driver, depth)| (driver.clone(), depth + self.snapshots.len()));
+        let with_snapshots = self.start.iter().map(|(driver, depth)| {
+            let layered = !self.snapshots.is_empty() && ["raw", "qed"].contains(&driver.as_str());
+            (if layered { "qcow2".to_owned() } else { driver.clone() }, depth + self.snapshots.len())
+        });
         assert_eq!(self.shape().await, with_snapshots.collect::<Vec<_>>(), "filters and layers");
         let graph = self.machine.graph().await;
         let mut used = vec![];

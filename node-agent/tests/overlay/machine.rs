@@ -28,10 +28,11 @@ pub struct Drive {
     pub device: String,
 }
 
-/// QEMU, running or not, always with the same command line.
+/// QEMU, running or not, always with the same command line until a test changes it.
 pub struct Machine {
     directory: PathBuf,
     arguments: Vec<String>,
+    drives: Vec<Drive>,
     process: Option<Child>,
     monitor: Option<Qmp>,
 }
@@ -45,11 +46,12 @@ impl Machine {
             arguments.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", socket.display())]);
         }
         arguments.extend_from_slice(extra);
-        for drive in drives {
-            arguments.extend_from_slice(&drive.arguments);
-            arguments.extend(["-device".into(), format!("virtio-blk-pci,id={},{}", drive.id, drive.device)]);
-        }
-        Self { directory: directory.to_owned(), arguments, process: None, monitor: None }
+        Self { directory: directory.to_owned(), arguments, drives: drives.to_vec(), process: None, monitor: None }
+    }
+
+    /// The VM's owner changes its command line.
+    pub fn set_drives(&mut self, drives: &[Drive]) {
+        self.drives = drives.to_vec();
     }
 
     pub async fn start(&mut self) {
@@ -57,10 +59,15 @@ impl Machine {
         // Of the last life: it must not be taken for this one's.
         drop(std::fs::remove_file(&socket));
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
+        let mut arguments = self.arguments.clone();
+        for drive in &self.drives {
+            arguments.extend_from_slice(&drive.arguments);
+            arguments.extend(["-device".into(), format!("virtio-blk-pci,id={},{}", drive.id, drive.device)]);
+        }
         // qemu-io of the monitor prints on stdout, which would stay in a buffer.
         let process = Command::new("stdbuf")
             .args(["-oL", "setpriv", "--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
-            .args(&self.arguments)
+            .args(&arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -147,10 +154,22 @@ impl Drop for Machine {
     }
 }
 
+/// The format that an image's name says.
+pub fn format_of(image: &Path) -> &'static str {
+    match image.extension().and_then(|end| end.to_str()) {
+        Some("qcow2") => "qcow2",
+        Some("qed") => "qed",
+        Some("img") => "raw",
+        _ if image.starts_with("/dev") => "raw",
+        // A snapshot's image of a qcow2 disk.
+        _ => "qcow2",
+    }
+}
+
 /// What an image and its backing files say, read from outside.
 pub fn view(image: &Path) -> View {
     let raw = tempfile::NamedTempFile::new().unwrap();
-    run("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", path(image), path(raw.path())]);
+    run("qemu-img", &["convert", "-U", "-f", format_of(image), "-O", "raw", path(image), path(raw.path())]);
     let bytes = std::fs::read(raw.path()).unwrap();
     let mut view = [0; REGIONS];
     for (at, region) in bytes.chunks(usize::try_from(REGION).unwrap()).enumerate() {

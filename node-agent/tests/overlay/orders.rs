@@ -5,7 +5,7 @@ use freezeframe_api::v1alpha1::{DeletionPolicy, DiskSnapshotState};
 use crate::machine::{make_image, view};
 use crate::shapes::{Shape, lab};
 
-fn orders(left: &[usize]) -> Vec<Vec<usize>> {
+pub fn orders(left: &[usize]) -> Vec<Vec<usize>> {
     if left.is_empty() {
         return vec![vec![]];
     }

@@ -8,7 +8,7 @@ use freezeframe_qemu::Node;
 use serde_json::json;
 
 use super::place::Place;
-use super::prepare::cache_options;
+use super::prepare::{cache_options, with_backing};
 use crate::drivers::{Result, qemu};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -25,16 +25,18 @@ pub async fn restore(vm: &Vm, place: &Place<'_>, own_job: &str) -> Result<bool> 
         return Ok(false);
     }
     for node in left() {
-        let options = json!({
-            "driver": node.driver,
-            "node-name": node.name,
-            "file": node.file_child,
-            "backing": node.backing,
-            "read-only": true,
-            "cache": cache_options(node),
-            "detect-zeroes": node.detect_zeroes,
-            "discard": "unmap",
-        });
+        let options = with_backing(
+            node,
+            json!({
+                "driver": node.driver,
+                "node-name": node.name,
+                "file": node.file_child,
+                "read-only": true,
+                "cache": cache_options(node),
+                "detect-zeroes": node.detect_zeroes,
+                "discard": "unmap",
+            }),
+        );
         let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
         reopened.map_err(qemu(format!("make {} read-only again", node.name)))?;
     }

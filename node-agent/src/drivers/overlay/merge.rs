@@ -15,6 +15,8 @@
 //!  the layer above is a snapshot's ── commit, Moved, unlink it ─► Done
 //!  the file can't be written by its node ── stream it up, unlink it ─► Done
 //! ```
+//!
+//! What is different for a file that keeps its name is in [`follow_merge`].
 
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
@@ -23,7 +25,7 @@ use super::needs::{dependents, kept_for, refuse_others};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
-use super::{DiskTask, at_rest, offline_merge, unseen};
+use super::{DiskTask, at_rest, follow_merge, offline_merge, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
@@ -38,6 +40,11 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         return hand_on(env, &directory, &state, &merging).await;
     }
     directory.unlink(&state.unfinished())?;
+    if state.keeps_name() {
+        let step = follow_merge::remove(env, &directory, &mut state).await;
+        task.set_state(&state)?;
+        return step;
+    }
     if state.overlay.is_none() {
         state.overlay = unrecorded_layer(&directory, &state)?;
     }
@@ -69,7 +76,7 @@ fn unrecorded_layer(directory: &ImageDirectory, state: &State) -> Result<Option<
 }
 
 /// The name is free: nothing was made, or the file went on under another name. Only nodes and a job can be left.
-async fn close_leftovers(env: &Env<'_>, state: &State) -> Result<Removal> {
+pub async fn close_leftovers(env: &Env<'_>, state: &State) -> Result<Removal> {
     if let Some(vm) = env.vm {
         // The job of a merge that ended with a switch is the proof that it did, until here.
         jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
@@ -97,12 +104,13 @@ async fn give_up_layer(env: &Env<'_>, directory: &ImageDirectory, state: &State)
 }
 
 fn exchange_names(state: &State) -> Result<()> {
-    state.swap().apply().map(drop).map_err(|error| DriverError::NotNow(error.to_string()))
+    let swap = state.swap().map_or(Ok(()), |swap| swap.apply().map(drop));
+    swap.map_err(|error| DriverError::NotNow(error.to_string()))
 }
 
 /// Closes nodes that a merge or a cut that never was left without a user, and takes the descriptors back that no node
 /// holds any more. QEMU refuses to close one that is in use.
-async fn close_unused(vm: &Vm, state: &State) -> Result<()> {
+pub async fn close_unused(vm: &Vm, state: &State) -> Result<()> {
     let ours = [
         state.keeping_node(),
         state.layer_node(),
@@ -122,7 +130,7 @@ async fn close_unused(vm: &Vm, state: &State) -> Result<()> {
 async fn hand_on(env: &Env<'_>, directory: &ImageDirectory, state: &State, merging: &Merging) -> Result<Removal> {
     let (from, to) = (directory.join(&merging.above), directory.join(&state.layer));
     if env.siblings.iter().any(|sibling| sibling.handle == from) {
-        return Ok(Removal::Moved { from, to });
+        return Ok(Removal::Moved { from, to, format: state.format.clone() });
     }
     if directory.holds(&merging.above, merging.above_id)? {
         sync_images(directory, state)?;
@@ -139,7 +147,7 @@ fn sync_images(directory: &ImageDirectory, state: &State) -> Result<()> {
     Ok(())
 }
 
-async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let graph = close_unfinished(vm, state).await?;
     let place = Place::find(env, vm, &graph, state).await?;
     if let Some(mut merging) = state.merging.clone() {
@@ -161,10 +169,15 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
     if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place, &state.job()).await? {
         return Ok(Removal::Again);
     }
+    if state.keeps_name() && follow_merge::begin(directory, state, &place)? {
+        return Ok(Removal::Again);
+    }
     renew_all(env, vm, &place).await?;
     match (place.may_become_writable(place.at), place.at) {
         (true, 1) => commit_active(env, vm, directory, state, &graph, &place).await,
         (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
+        // It isn't ours to unlink.
+        (false, _) if state.keeps_name() => Err(follow_merge::only_stopped(directory, state)),
         (false, at) => stream_up(env, vm, directory, state, &place, at).await,
     }
 }
@@ -186,7 +199,9 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
         let file = directory.join(&state.layer);
         return Err(DriverError::NotNow(format!("{} needs {}, which its VM doesn't have open", name, file.display())));
     }
-    directory.unlink(&state.layer)?;
+    if !state.keeps_name() {
+        directory.unlink(&state.layer)?;
+    }
     close_leftovers(env, state).await
 }
 
@@ -194,6 +209,9 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
 /// the VM was started from the snapshot itself, and it isn't ours to take away.
 async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<Removal> {
     let job = jobs::find(vm.qmp(), &state.job()).await?;
+    if job.is_none() && state.keeps_name() {
+        return follow_merge::leave(directory, state).await;
+    }
     if job.is_none() {
         return Err(DriverError::NotNow(format!("the VM runs on {}", directory.join(&state.layer).display())));
     }
@@ -307,6 +325,9 @@ async fn commit_middle(
         if state.merging.take().is_some() {
             state.closing = nodes_of(place.chain[at]);
             return Ok(Removal::Again);
+        }
+        if state.keeps_name() {
+            return Err(follow_merge::only_stopped(directory, state));
         }
         return stream_up(env, vm, directory, state, place, at).await;
     }

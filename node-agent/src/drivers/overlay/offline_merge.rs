@@ -18,7 +18,7 @@ const DEEPEST: usize = 1024;
 
 /// Takes one step of merging the layer above a snapshot's file into it.
 pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
-    let chain = chain(directory, &state.disk_file)?;
+    let chain = chain(directory, state)?;
     if let Some(mut merging) = state.merging.clone().filter(|merging| !chain.contains(&merging.above)) {
         unseen::prove(directory, state, &merging, true).await?;
         merging.check_done(directory, state.base)?;
@@ -42,13 +42,17 @@ pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State)
 }
 
 /// Names of the images of a disk, top first, as far as they are in its own directory.
-fn chain(directory: &ImageDirectory, disk: &str) -> Result<Vec<String>> {
-    let mut names = vec![disk.to_owned()];
+fn chain(directory: &ImageDirectory, state: &State) -> Result<Vec<String>> {
+    let mut names = vec![state.disk_file.clone()];
     while let Some(backing) = header(directory, &names[names.len() - 1])?.backing {
         if backing.contains('/') || directory.id(&backing)?.is_none() || names.len() > DEEPEST {
             break;
         }
         names.push(backing);
+        // What a guest wrote to the beginning of a raw image is no header.
+        if state.keeps_name() && names[names.len() - 1] == state.layer {
+            break;
+        }
         match header(directory, &names[names.len() - 1]) {
             // A raw image is the end of a chain. A file that couldn't be read is not: what is below it is unknown.
             Err(DriverError::Header { source: HeaderError::NotQcow2, .. }) => break,
@@ -79,11 +83,11 @@ async fn merge_above(
         }
     }
     let daemon = StorageDaemon::start().await.map_err(|error| offline(&error))?;
-    daemon.open("base", &directory.join(&state.layer), None).await.map_err(|error| offline(&error))?;
-    daemon.open("above", &directory.join(above), Some("base")).await.map_err(|error| offline(&error))?;
+    daemon.open("base", &state.format, &directory.join(&state.layer), None).await.map_err(|error| offline(&error))?;
+    daemon.open("above", "qcow2", &directory.join(above), Some("base")).await.map_err(|error| offline(&error))?;
     let over = (at > 1).then(|| &chain[at - 2]);
     if let Some(over) = over {
-        daemon.open("over", &directory.join(over), Some("above")).await.map_err(|error| offline(&error))?;
+        daemon.open("over", "qcow2", &directory.join(over), Some("above")).await.map_err(|error| offline(&error))?;
     }
     daemon.hold(if over.is_some() { "over" } else { "above" }).await.map_err(|error| offline(&error))?;
     match over {

@@ -18,6 +18,8 @@ pub struct Place<'a> {
     files: NodeFiles,
     /// Where in the chain the snapshot's file is.
     pub at: usize,
+    /// Whether the disk was given by `-drive`.
+    pub legacy: bool,
 }
 
 impl<'a> Place<'a> {
@@ -31,7 +33,7 @@ impl<'a> Place<'a> {
             let above = |at: usize| at.checked_sub(1).map(|above| chain[above]);
             let found = chain.iter().enumerate().position(|(at, node)| holds(node, above(at), &files, state));
             if let Some(at) = found {
-                return Ok(Some(Place { root: root.clone(), chain, files, at }));
+                return Ok(Some(Place { root: root.clone(), chain, files, at, legacy: !disk.device.is_empty() }));
             }
         }
         Ok(None)

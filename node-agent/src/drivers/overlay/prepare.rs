@@ -18,25 +18,26 @@ pub const LAYER_METADATA: u64 = 4 << 20;
 /// Makes the new layer's file, unless it is there.
 pub async fn make_layer(roots: &ImageRoots, task: &DiskTask, state: &mut State) -> Result<()> {
     let directory = roots.directory(&state.directory)?;
-    if state.overlay.is_some() && state.overlay == directory.id(&state.layer)? {
+    if state.overlay.is_some() && state.overlay == directory.id(state.new_file())? {
         return Ok(());
     }
     let free = directory.free_bytes()?;
     if free < LAYER_METADATA {
-        return Err(DriverError::NoSpace { path: directory.join(&state.layer), needed: LAYER_METADATA, free });
+        return Err(DriverError::NoSpace { path: directory.join(state.new_file()), needed: LAYER_METADATA, free });
     }
     let unfinished = state.unfinished();
     directory.unlink(&unfinished)?;
-    // It backs onto its own name: after the exchange that is the base's. qemu-img refuses an image that names itself,
+    // Where names change hands, it backs onto its own name: after the exchange that is the base's. qemu-img refuses an image that names itself,
     // so it is made under another name first; `-u` keeps it from opening what isn't there yet.
     let path = directory.join(&unfinished);
     let size = task.size.to_string();
-    let arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", &state.layer];
+    let arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", &state.format, "-b", &state.layer];
     crate::drivers::qemu_img(&arguments, &path, Some(&size)).await.map_err(|error| error.or_no_space(&directory))?;
-    directory.copy_ownership(&unfinished, &directory, &state.disk_file)?;
+    let like = if state.keeps_name() { &state.layer } else { &state.disk_file };
+    directory.copy_ownership(&unfinished, &directory, like)?;
     directory.sync_file(&unfinished)?;
-    directory.rename_new(&unfinished, &state.layer)?;
-    state.overlay = directory.id(&state.layer)?;
+    directory.rename_new(&unfinished, state.new_file())?;
+    state.overlay = directory.id(state.new_file())?;
     Ok(())
 }
 
@@ -52,7 +53,7 @@ pub async fn open_layer(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &St
         return Err(DriverError::NotNow(format!("disk {} is being resized", task.disk)));
     }
     let directory = roots.directory(&state.directory)?;
-    let file = hand_over(vm.qmp(), &directory, &state.layer).await?;
+    let file = hand_over(vm.qmp(), &directory, state.new_file()).await?;
     let file_node = file_options(&state.layer_file_node(), &file, base, false);
     vm.qmp().blockdev_add(&file_node, QMP_TIMEOUT).await.map_err(qemu("open the new layer's file"))?;
     let layer = json!({
@@ -78,13 +79,25 @@ fn file_options(node: &str, file: &str, like: &Node, auto_read_only: bool) -> Va
     })
 }
 
+/// Options of a node with the backing node that it has; some formats don't know any.
+pub fn with_backing(node: &Node, mut options: Value) -> Value {
+    if node.driver != "raw" {
+        options["backing"] = json!(node.backing);
+    }
+    options
+}
+
 pub fn cache_options(like: &Node) -> Value {
     json!({"direct": like.cache.direct, "no-flush": like.cache.no_flush})
 }
 
 /// Points the base's format node at the base's file by descriptor, so that it doesn't matter any more that its name
-/// belongs to the new layer now. A node that QEMU named itself can't be repointed; it is left, and merging knows.
+/// belongs to the new layer now. A node that QEMU named itself can't be repointed; it is left, and merging knows. A base
+/// that keeps its name needs none of this.
 pub async fn pin_base(vm: &Vm, roots: &ImageRoots, state: &State) -> Result<()> {
+    if state.keeps_name() {
+        return Ok(());
+    }
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     // After a restart of the VM the same name may be another node's, and that node the disk.
     let layer = graph.node(&state.layer_node());
@@ -119,37 +132,47 @@ pub async fn close_unfinished(vm: &Vm, state: &State) -> Result<BlockGraph> {
 /// Reopens the base's format node, read-only, on the snapshot's file by descriptor.
 pub async fn pin(vm: &Vm, roots: &ImageRoots, node: &Node, state: &State) -> Result<()> {
     open_base_file(vm, roots, node, state).await?;
-    let options = json!({
-        "driver": node.driver,
-        "node-name": node.name,
-        "file": state.base_file_node(),
-        "backing": node.backing,
-        "read-only": true,
-        "cache": cache_options(node),
-        "detect-zeroes": node.detect_zeroes,
-    });
+    let options = with_backing(
+        node,
+        json!({
+            "driver": node.driver,
+            "node-name": node.name,
+            "file": state.base_file_node(),
+            "read-only": true,
+            "cache": cache_options(node),
+            "detect-zeroes": node.detect_zeroes,
+        }),
+    );
     reopen(vm, state, options, node.file_child.as_deref()).await
 }
 
 async fn open_base_file(vm: &Vm, roots: &ImageRoots, like: &Node, state: &State) -> Result<()> {
-    let file = hand_over(vm.qmp(), &roots.directory(&state.directory)?, &state.layer).await?;
+    let directory = roots.directory(&state.directory)?;
+    let file = if state.keeps_name() {
+        // Of a set, QEMU would find a raw image locked by the descriptor that it used before, and abort.
+        directory.join(&state.layer).display().to_string()
+    } else {
+        hand_over(vm.qmp(), &directory, &state.layer).await?
+    };
     let options = file_options(&state.base_file_node(), &file, like, true);
     vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))
 }
 
-/// Puts a node of ours, held by descriptor, in the place of a base that QEMU opened by itself below `top`.
+/// Puts a node of ours in the place of a base that QEMU opened by itself below `top`.
 pub async fn replace_base(vm: &Vm, roots: &ImageRoots, top: &Node, base: &Node, state: &State) -> Result<()> {
     open_base_file(vm, roots, base, state).await?;
-    let node = json!({
-        "driver": base.driver,
-        "node-name": state.base_node_by_descriptor(),
-        "file": state.base_file_node(),
-        "backing": base.backing,
-        "read-only": true,
-        "cache": cache_options(base),
-        "detect-zeroes": top.detect_zeroes,
-        "discard": "unmap",
-    });
+    let node = with_backing(
+        base,
+        json!({
+            "driver": base.driver,
+            "node-name": state.base_node_by_descriptor(),
+            "file": state.base_file_node(),
+            "read-only": true,
+            "cache": cache_options(base),
+            "detect-zeroes": top.detect_zeroes,
+            "discard": "unmap",
+        }),
+    );
     vm.qmp().blockdev_add(&node, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))?;
     let options = json!({
         "driver": top.driver,

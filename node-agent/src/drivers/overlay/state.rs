@@ -6,6 +6,7 @@ use freezeframe_guard::{Exchange, Kind};
 use freezeframe_qemu::BlockGraph;
 use serde::{Deserialize, Serialize};
 
+use super::follow::{self, Untouched};
 use super::needs::dependents;
 use crate::drivers::{DiskTask, DriverError, Result};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
@@ -15,12 +16,25 @@ use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 pub struct State {
     /// Directory of the disk's image and of all its layers.
     pub directory: PathBuf,
-    /// Name of the disk's image, which the VM's command line has.
+    /// Name of the disk's image once the cut is made, which the VM's command line has, or is to have.
     pub disk_file: String,
-    /// Name of the new layer before the cut, of the snapshot after it.
+    /// Name of the snapshot after the cut. Where names change hands, that of the new layer before it.
     pub layer: String,
     /// The file that was the disk before the cut, and is the snapshot after it.
     pub base: FileId,
+    /// Format of the snapshot's image. One that isn't qcow2 keeps its name, since a command line that has its format
+    /// would open a layer wrongly.
+    #[serde(default = "qcow2")]
+    pub format: String,
+    /// Whether the VM's command line, at the cut, leads to another image than the disk's.
+    #[serde(default)]
+    pub apart: bool,
+    /// What the image was when it was complete, where nothing holds a VM off it: until a merge into it is begun.
+    #[serde(default)]
+    pub untouched: Option<Untouched>,
+    /// Whether a merge into an image that keeps its name was begun.
+    #[serde(default)]
+    pub begun: bool,
     /// The new layer's file, once made.
     pub overlay: Option<FileId>,
     /// Node of the disk before the cut.
@@ -64,19 +78,33 @@ impl Merging {
     }
 }
 
+fn qcow2() -> String {
+    "qcow2".into()
+}
+
 impl State {
     /// Names what will be made for a disk.
     pub fn plan(task: &DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<Self> {
         let path = task.path.as_deref().ok_or_else(|| DriverError::Verify("the disk has no file".into()))?;
-        let (directory, disk_file) = roots.directory_of(path)?;
-        let base = directory.id(&disk_file)?.ok_or_else(|| ImageError::NotRegular(path.to_owned()))?;
+        let (directory, name) = roots.directory_of(path)?;
+        let base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(path.to_owned()))?;
         let node = graph.node(&task.node);
-        node.ok_or_else(|| DriverError::Verify(format!("node {} is gone", task.node)))?;
+        let node = node.ok_or_else(|| DriverError::Verify(format!("node {} is gone", task.node)))?;
+        let (disk_file, layer) = if task.format == "qcow2" {
+            let layer = format!("{name}.vmsnap-{}", task.id);
+            (name, layer)
+        } else {
+            (follow::plan(task, &directory, &name)?, name)
+        };
         Ok(Self {
             directory: directory.path().to_owned(),
-            layer: format!("{disk_file}.vmsnap-{}", task.id),
+            layer,
             disk_file,
             base,
+            format: task.format.clone(),
+            apart: follow::will_be_apart(node),
+            untouched: None,
+            begun: false,
             overlay: None,
             base_node: task.node.clone(),
             node_prefix: format!("ff-{}-{}", task.id, task.index),
@@ -85,37 +113,51 @@ impl State {
         })
     }
 
-    /// The cut's change of names: the new layer becomes the disk, the disk the snapshot.
-    pub fn swap(&self) -> Exchange {
-        self.exchange(self.base, self.layer_node(), Kind::Swap)
+    /// Whether the snapshot's image has the name that it had as the disk, and the new layer another one.
+    pub fn keeps_name(&self) -> bool {
+        self.format != "qcow2"
     }
 
-    /// The end of a merge of the disk's layer: the merged file becomes the disk once `merged` is the disk's node.
+    /// The cut's change of names: the new layer becomes the disk, the disk the snapshot. None where each keeps its own.
+    pub fn swap(&self) -> Option<Exchange> {
+        let exchange = || self.exchange(self.base, &self.layer, self.layer_node(), Kind::Swap);
+        (!self.keeps_name()).then(exchange)
+    }
+
+    /// The end of a merge of the disk's layer, once `merged` is the disk's node: the merged file becomes the disk. One
+    /// that keeps its name leaves the layer's to a tombstone.
     pub fn replace(&self, directory: &ImageDirectory, merged: &str) -> Result<Exchange> {
         let active = directory.id(&self.disk_file)?;
         let active = active.ok_or_else(|| DriverError::NotNow(format!("{} is gone", self.disk_file)))?;
-        Ok(self.exchange(active, merged.to_owned(), Kind::Replace))
+        let by = if self.keeps_name() { follow::make_tombstone(directory, self)? } else { self.layer.clone() };
+        Ok(self.exchange(active, &by, merged.to_owned(), Kind::Replace))
     }
 
-    fn exchange(&self, disk: FileId, when_active: String, kind: Kind) -> Exchange {
+    fn exchange(&self, disk: FileId, b: &str, when_active: String, kind: Kind) -> Exchange {
         Exchange {
             directory: self.directory.clone(),
             a: self.disk_file.clone(),
-            b: self.layer.clone(),
+            b: b.to_owned(),
             a_inode: disk.inode,
             when_active,
             kind,
         }
     }
 
-    /// Name of the layer while it is being made.
-    pub fn unfinished(&self) -> String {
-        format!("{}.new", self.layer)
+    /// Name that the new layer is made under.
+    pub fn new_file(&self) -> &str {
+        if self.keeps_name() { &self.disk_file } else { &self.layer }
     }
 
-    /// Node of the new layer.
+    /// Name of the layer while it is being made.
+    pub fn unfinished(&self) -> String {
+        format!("{}.new", self.new_file())
+    }
+
+    /// Node of the new layer. It tells for as long as this QEMU lives whether its command line is right.
     pub fn layer_node(&self) -> String {
-        format!("{}-o", self.node_prefix)
+        let kind = if self.apart { follow::APART } else { "-o" };
+        format!("{}{kind}", self.node_prefix)
     }
 
     /// Node of the new layer's file.

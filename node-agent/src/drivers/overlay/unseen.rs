@@ -47,9 +47,9 @@ pub async fn prove(directory: &ImageDirectory, state: &State, merging: &Merging,
 
 async fn compare(directory: &ImageDirectory, state: &State, merging: &Merging) -> Result<Comparison> {
     let (above, merged) = (directory.join(&merging.above), directory.join(&state.layer));
-    let mut over = unlocked(&above);
-    over["backing"] = unlocked(&merged);
-    let (one, other) = (format!("json:{over}"), format!("json:{}", unlocked(&merged)));
+    let mut over = unlocked(&above, "qcow2");
+    over["backing"] = unlocked(&merged, &state.format);
+    let (one, other) = (format!("json:{over}"), format!("json:{}", unlocked(&merged, &state.format)));
     let ended = look(&["compare", "-q", "-U"], Path::new(&one), &[&other], LONGEST).await?;
     match ended.code {
         Some(0) => Ok(Comparison::Same),
@@ -64,6 +64,6 @@ async fn compare(directory: &ImageDirectory, state: &State, merging: &Merging) -
 
 /// An image as `qemu-img` opens it while a QEMU has locks on it that it left behind at a merge. Neither file is written
 /// any more: the one is no longer in the chain, the other is a snapshot.
-fn unlocked(image: &Path) -> Value {
-    json!({"driver": "qcow2", "file": {"driver": "file", "filename": image, "locking": "off"}})
+fn unlocked(image: &Path, format: &str) -> Value {
+    json!({"driver": format, "file": {"driver": "file", "filename": image, "locking": "off"}})
 }

@@ -1,0 +1,77 @@
+//! Deleting a snapshot whose image keeps its name: the same merges, but for how they begin and end.
+//!
+//! The image is the VM owner's, so nothing here unlinks it. And nothing but the owner's good will keeps a VM from being
+//! started with it while the newest data is in the layer above: that is looked for before anything is written.
+
+use super::follow::{self, Top};
+use super::merge::{close_leftovers, close_unused, merge_live};
+use super::needs::dependents;
+use super::offline_merge;
+use super::place::Place;
+use super::state::State;
+use crate::drivers::{DriverError, Env, Removal, Result, qemu};
+use crate::hypervisor::Vm;
+use crate::hypervisor::image::ImageDirectory;
+
+/// Takes one step of removing a disk's layer.
+pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    let (top, is_there) = (Top::look(directory, state)?, directory.holds(&state.layer, state.base)?);
+    let needed = is_there && !dependents(directory, state.base)?.is_empty();
+    if !needed && (top != Top::Image || is_there) {
+        follow::clear(directory, state)?;
+        return close_leftovers(env, state).await;
+    }
+    if !is_there {
+        let (image, layer) = (directory.join(&state.layer), directory.join(&state.disk_file));
+        let why = format!("{} is another file now, or gone: {} can't be merged", image.display(), layer.display());
+        return Err(DriverError::NotNow(why));
+    }
+    match env.vm {
+        Some(vm) if was_never_cut(vm, state).await? => {
+            close_unused(vm, state).await?;
+            directory.unlink(&state.disk_file)?;
+            Ok(Removal::Again)
+        }
+        Some(vm) => merge_live(env, vm, directory, state).await,
+        None => {
+            if !state.begun {
+                follow::refuse_if_touched(directory, state).await?;
+                state.begun = true;
+                return Ok(Removal::Again);
+            }
+            offline_merge::merge(env, directory, state).await
+        }
+    }
+}
+
+/// Whether QEMU has the new layer and no disk is on it. If it was once, it is merged.
+async fn was_never_cut(vm: &Vm, state: &State) -> Result<bool> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    let tops = graph.disks().iter().filter_map(|disk| disk.top.as_deref());
+    let used = tops.flat_map(|top| graph.chain(top)).any(|node| node.name == state.layer_node());
+    Ok(graph.node(&state.layer_node()).is_some() && !used)
+}
+
+/// Takes note that the image is about to be written to, unless that is done.
+pub fn begin(directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -> Result<bool> {
+    if place.legacy {
+        return Err(only_stopped(directory, state));
+    }
+    Ok(!std::mem::replace(&mut state.begun, true))
+}
+
+/// A VM that runs on the snapshot's image, with no merge of ours that would have brought it there: it was cut off before
+/// the cut, or was started with its old command line.
+pub async fn leave(directory: &ImageDirectory, state: &State) -> Result<Removal> {
+    if state.begun || !follow::is_empty(directory, &state.disk_file).await? {
+        return Err(follow::not_followed(directory, state));
+    }
+    directory.unlink(&state.disk_file)?;
+    Ok(Removal::Again)
+}
+
+/// What to say of a disk whose nodes QEMU named itself.
+pub fn only_stopped(directory: &ImageDirectory, state: &State) -> DriverError {
+    let image = directory.join(&state.layer);
+    DriverError::NotNow(format!("{} can only be merged into while the VM is stopped", image.display()))
+}
