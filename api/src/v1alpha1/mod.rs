@@ -21,7 +21,9 @@ pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallba
 pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState};
 pub use limits::Limits;
 pub use quiesce::{Pause, Quiesce};
-pub use restored::{BootCheck, BootResult, RestoreMode, RestoreVerify, RestoredDisk, RestoredDiskState};
+pub use restored::{
+    BootCheck, BootResult, RestoreDirectory, RestoreMode, RestoreVerify, RestoredDisk, RestoredDiskState,
+};
 pub use retention::{Keep, KeptSnapshot, RetentionPlan};
 pub use template::{SnapshotTemplate, TargetSelector};
 pub use verify::Verify;

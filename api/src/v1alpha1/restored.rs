@@ -15,6 +15,16 @@ pub enum RestoreMode {
     Full,
 }
 
+/// Where a new VM's images are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RestoreDirectory {
+    /// In the directory of each disk of the snapshot's VM.
+    #[default]
+    Beside,
+    /// In the class's `restoreDirectory`.
+    Class,
+}
+
 /// How restored disks are checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RestoreVerify {

@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{BootCheck, DiskSelection, RestoreMode, RestoreVerify, RestoredDisk};
+use super::{BootCheck, DiskSelection, RestoreDirectory, RestoreMode, RestoreVerify, RestoredDisk};
 
 /// Where the disks go.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
@@ -17,6 +17,9 @@ pub struct RestoreTarget {
     #[serde(default, rename = "newVM", skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub new_vm: Option<String>,
+    /// Where the new VM's images are made; logical volumes stay in their group. Set by the user; `Beside` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<RestoreDirectory>,
 }
 
 /// Where a restore is on its way.
@@ -66,6 +69,8 @@ pub enum RestorePhase {
 #[x_kube(
     validation = Rule::new("has(self.confirm) || has(self.target.newVM) || (has(self.dryRun) && self.dryRun)")
         .message("a restore in place overwrites disks: set confirm to the uid of the VMSnapshot"),
+    validation = Rule::new("has(self.target.newVM) || !has(self.target.directory)")
+        .message("directory is for a new VM's images; in place, images stay where they are"),
     validation = Rule::new("!(has(self.target.newVM) && has(self.stopVM) && self.stopVM)")
         .message("stopVM is for a restore in place; a new VM's images leave the old one running"),
     validation = Rule::new("(has(oldSelf.dryRun) && oldSelf.dryRun) || has(self.confirm) == has(oldSelf.confirm) && (!has(self.confirm) || self.confirm == oldSelf.confirm)")

@@ -86,6 +86,7 @@ pub enum RestoreContentPhase {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("has(self.newVM) == has(oldSelf.newVM)").message("newVM is immutable"),
+    validation = Rule::new("has(self.directory) == has(oldSelf.directory)").message("directory is immutable"),
     validation = Rule::new("oldSelf.step != 'Restore' || self.step == 'Restore'").message("step can't go back")
 )]
 pub struct VMRestoreContentSpec {
@@ -107,6 +108,11 @@ pub struct VMRestoreContentSpec {
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("newVM is immutable"))]
     pub new_vm: Option<String>,
+    /// The class's directory for the new VM's images; beside the snapshot's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024), regex(pattern = r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("directory is immutable"))]
+    pub directory: Option<String>,
     /// What to do now.
     pub step: RestoreStep,
     /// The content of the snapshot that keeps the VM's state of before. Absent until step `Restore`, and with a new VM.

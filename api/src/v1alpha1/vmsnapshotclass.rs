@@ -54,4 +54,10 @@ pub struct VMSnapshotClassSpec {
     /// What snapshots may cost after the cut. Set by the administrator; each limit has its own default.
     #[serde(default)]
     pub limits: Limits,
+    /// A directory of the nodes, beneath an image root of their agents: there restores may put the images of new VMs, in
+    /// a directory of their namespace's. Set by the administrator; when absent, images are made beside the snapshot's
+    /// only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024), regex(pattern = r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"))]
+    pub restore_directory: Option<String>,
 }

@@ -16,6 +16,7 @@
 //! or was cancelled is taken back, unless a name has changed hands: then it goes on.
 
 mod controller;
+mod directory;
 mod finish;
 mod links;
 mod make;
@@ -184,8 +185,9 @@ impl Restores {
         if record.order.new_vm.is_none() {
             stop::not_running(self, &record.order.vm).await?;
         }
-        plan::check_space(self, &record.disks)?;
+        plan::check_space(self, &record.order, &record.disks)?;
         self.note_links(record)?;
+        directory::make(&self.sessions.roots, &record.order, &record.disks)?;
         let id = record.order.id();
         for at in 0..record.disks.len() {
             told.send_replace(Some(outcome::restoring(record, None)));

@@ -1,5 +1,6 @@
 //! A work order of a restore, as the agent wants it: a content's spec, checked and in plain types.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{RestoreMode, RestoreStep, RestoreVerify, VMRestoreContent};
@@ -23,6 +24,9 @@ pub struct RestoreOrder {
     pub vm: VmKey,
     /// The VM that is made; none for a restore in place.
     pub new_vm: Option<VmKey>,
+    /// Where the new VM's images go; beside the snapshot's if none.
+    #[serde(default)]
+    pub directory: Option<PathBuf>,
     /// What is to be done now.
     pub step: RestoreStep,
     /// UID of the VMSnapshotContent that keeps the state of before.
@@ -57,6 +61,7 @@ impl RestoreOrder {
             source: spec.source.uid.clone(),
             vm: vm(&spec.vm_name),
             new_vm: spec.new_vm.as_ref().map(vm),
+            directory: spec.directory.as_ref().map(PathBuf::from),
             step: spec.step,
             pre_restore: spec.pre_restore_content.as_ref().map(|content| content.uid.clone()),
             mode: spec.mode,

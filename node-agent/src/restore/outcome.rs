@@ -2,7 +2,9 @@
 
 use freezeframe_api::conditions::{condition, reasons, set, types};
 use freezeframe_api::names::{DiskName, DriverName, SnapshotHandle};
-use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoredDisk, RestoredDiskState, VMRestoreContentStatus};
+use freezeframe_api::v1alpha1::{
+    RestoreContentPhase, RestoreMode, RestoredDisk, RestoredDiskState, VMRestoreContentStatus,
+};
 use k8s_openapi::jiff::Timestamp;
 
 use super::order::RestoreOrder;
@@ -133,6 +135,9 @@ fn row(order: &RestoreOrder, disk: &DiskRestore, state: RestoredDiskState) -> Re
     let message = match (&order.new_vm, disk.method) {
         (None, _) => Some("the present image is kept as a snapshot, and then replaced".to_owned()),
         (Some(_), Method::Link) => Some("the snapshot's data stays for as long as this image needs it".to_owned()),
+        (Some(_), Method::Copy) if order.mode == RestoreMode::Linked => {
+            Some("an image there can't depend on the snapshot's data, so this is a copy".to_owned())
+        }
         (Some(_), _) => None,
     };
     RestoredDisk {

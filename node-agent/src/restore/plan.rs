@@ -9,7 +9,7 @@ use freezeframe_api::v1alpha1::RestoreMode;
 use super::order::RestoreOrder;
 use super::record::{DiskRestore, Method};
 use super::source::{failed, has_backing, place, select, snapshot};
-use super::{Restores, tool, volumes};
+use super::{Restores, directory, tool, volumes};
 use crate::drivers::overlay::dependents;
 use crate::drivers::{Artifact, DiskTask};
 use crate::hypervisor::VmKey;
@@ -32,7 +32,7 @@ pub async fn plan(restores: &Restores, order: &RestoreOrder) -> Result<Vec<DiskR
     for task in select(&record, order)? {
         disks.push(plan_disk(restores, order, task).await?);
     }
-    check_space(restores, &disks)?;
+    check_space(restores, order, &disks)?;
     Ok(disks)
 }
 
@@ -54,17 +54,17 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
         return volumes::plan(order, task, artifact).await;
     }
     let like = task.path.clone().ok_or_else(|| not_a_file(task))?;
-    let facts = facts(restores, artifact, &like)?;
+    let path_for = |format: &str| match &order.new_vm {
+        Some(new) => directory::of_image(order, new, &like, &task.disk, format),
+        None => like.clone(),
+    };
+    let facts = facts(restores, order, (task, artifact), &path_for(&task.format))?;
     let (method, format) = match &order.new_vm {
         Some(_) => choose_free(order.mode, facts, &artifact.format),
         None => (choose(order.mode, facts, &artifact.format, &task.format), task.format.clone()),
     };
-    let path = match &order.new_vm {
-        Some(new) => like.with_file_name(format!("{}-{}.{format}", new.name, task.disk)),
-        None => like.clone(),
-    };
-    let (directory, name) = roots.directory_of(&path).map_err(|error| failed(&error))?;
-    check_target(&directory, &name, task, order)?;
+    let path = path_for(&format);
+    check_target(&directory::directory_of(roots, order, &path)?, &path, task, order)?;
     let needed = match method {
         Method::Clone => FILE_METADATA,
         Method::Link => LAYER_METADATA,
@@ -104,15 +104,24 @@ struct Facts {
     nameable: bool,
 }
 
-fn facts(restores: &Restores, artifact: &Artifact, beside: &Path) -> Result<Facts, Failure> {
+fn facts(
+    restores: &Restores,
+    order: &RestoreOrder,
+    (task, artifact): (&DiskTask, &Artifact),
+    image: &Path,
+) -> Result<Facts, Failure> {
     let roots = &restores.sessions.roots;
     let has_backing = has_backing(roots, &artifact.handle, &artifact.format)?;
-    let (directory, _) = roots.directory_of(beside).map_err(|error| failed(&error))?;
+    let directory = directory::directory_of(roots, order, image)?;
     let shares = place(roots, &artifact.handle).is_ok_and(|(from, _)| can_share(&artifact.handle, &from, &directory));
     // QEMU takes what is before a colon for a protocol. And a disk whose chain leaves the image roots can't be worked on
     // any more.
     let beneath = roots.directory_of(&artifact.handle).is_ok();
-    let nameable = beneath && artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
+    // Who merges snapshots looks for images on top of one beside it, and nowhere else.
+    let merges = restores.sessions.drivers.find(&task.driver).is_some_and(|driver| driver.merges());
+    let found = !merges || artifact.handle.parent() == image.parent();
+    let nameable =
+        beneath && found && artifact.handle.to_str().is_some_and(|path| !path.contains(':') && path.len() < 1024);
     Ok(Facts { has_backing, shares, nameable })
 }
 
@@ -134,8 +143,10 @@ fn choose_free(mode: RestoreMode, facts: Facts, from: &str) -> (Method, String) 
 }
 
 /// A new image overwrites nothing, and a replaced one is nobody's backing file.
-fn check_target(dir: &ImageDirectory, name: &str, task: &DiskTask, order: &RestoreOrder) -> Result<(), Failure> {
-    let path = dir.join(name);
+fn check_target(dir: &ImageDirectory, path: &Path, task: &DiskTask, order: &RestoreOrder) -> Result<(), Failure> {
+    // Where the namespace has no directory of its own yet, nothing in it is taken.
+    let is_there = path.parent() == Some(dir.path());
+    let name = path.file_name().filter(|_| is_there).and_then(|name| name.to_str()).unwrap_or_default();
     if order.new_vm.is_some() {
         let taken = dir.names().map_err(|error| failed(&error))?.iter().any(|taken| taken == name);
         let exists = || Failure::refused(reasons::VM_EXISTS, format!("{} is there already", path.display()));
@@ -154,10 +165,10 @@ fn check_target(dir: &ImageDirectory, name: &str, task: &DiskTask, order: &Resto
 }
 
 /// Whether each file system has the space for all that is made there.
-pub fn check_space(restores: &Restores, disks: &[DiskRestore]) -> Result<(), Failure> {
+pub fn check_space(restores: &Restores, order: &RestoreOrder, disks: &[DiskRestore]) -> Result<(), Failure> {
     let mut by_device: BTreeMap<u64, (PathBuf, u64, u64)> = BTreeMap::new();
     for disk in disks.iter().filter(|disk| disk.made.is_none() && disk.method != Method::Volume) {
-        let (directory, _) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
+        let directory = directory::directory_of(&restores.sessions.roots, order, &disk.path)?;
         let device = rustix::fs::fstat(&directory).map_err(|error| failed(&error))?.st_dev;
         let free = directory.free_bytes().map_err(|error| failed(&error))?;
         let entry = by_device.entry(device).or_insert_with(|| (directory.path().to_owned(), 0, free));

@@ -110,6 +110,7 @@ impl Lab {
             source: source.uid.clone(),
             vm: World::key(),
             new_vm: None,
+            directory: None,
             step: RestoreStep::Restore,
             pre_restore: None,
             mode: RestoreMode::Linked,

@@ -26,6 +26,7 @@ mod world;
 #[cfg(feature = "crash-points")]
 mod crashes;
 mod dependence;
+mod elsewhere;
 mod in_place;
 mod lab;
 mod refusals;

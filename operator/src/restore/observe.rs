@@ -8,6 +8,7 @@ use kube::{Api, ResourceExt};
 use super::{is_settled, order};
 use crate::context::Context;
 use crate::error::{Error, bounded, unless_gone};
+use crate::vmsnapshot::{ClassState, class};
 
 /// What a decision rests on.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub struct Observed {
     pub restore: VMRestore,
     /// The snapshot of the name it gives, from the server.
     pub snapshot: Option<VMSnapshot>,
+    /// The directory for restored images that the snapshot's class names.
+    pub class_directory: Option<String>,
     /// That snapshot's content.
     pub source: Option<VMSnapshotContent>,
     /// The restore's own content, from the server.
@@ -39,6 +42,7 @@ pub async fn observe(restore: VMRestore, ctx: &Context) -> Result<Observed, Erro
     Ok(Observed {
         new_vm_exists: new_vm_exists(&restore, ctx),
         ahead: snapshot.as_ref().and_then(|snapshot| ahead(&restore, &snapshot.spec.vm_name, ctx)),
+        class_directory: snapshot.as_ref().and_then(|snapshot| class_directory(snapshot, ctx)),
         restore,
         snapshot,
         source,
@@ -77,6 +81,14 @@ async fn snapshot_content(snapshot: Option<&VMSnapshot>, ctx: &Context) -> Resul
     let api = Api::<VMSnapshotContent>::all(ctx.client.clone());
     let found = unless_gone(bounded("looking for a snapshot's content", api.get(name)).await)?;
     Ok(found.filter(|content| Some(&content.spec.vm_snapshot_ref.uid) == snapshot.and_then(ResourceExt::uid).as_ref()))
+}
+
+/// Nothing is overwritten there, so the cache will do.
+fn class_directory(snapshot: &VMSnapshot, ctx: &Context) -> Option<String> {
+    match class(snapshot.spec.class_name.as_deref(), &ctx.caches) {
+        ClassState::Found(class) => class.spec.restore_directory.clone(),
+        ClassState::NotFound(_) | ClassState::NoDefault(_) => None,
+    }
 }
 
 fn new_vm_exists(restore: &VMRestore, ctx: &Context) -> bool {

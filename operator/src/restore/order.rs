@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use freezeframe_api::names::NodeName;
 use freezeframe_api::v1alpha1::{
-    Consistency, ConsistencyLevel, DiskSelection, Fallback, Quiesce, RestoreRef, RestoreStep, SnapshotContentRef,
-    VMRestore, VMRestoreContent, VMRestoreContentSpec, VMRestoreSpec, VMSnapshot, VMSnapshotContent, VMSnapshotSpec,
+    Consistency, ConsistencyLevel, DiskSelection, Fallback, Quiesce, RestoreDirectory, RestoreRef, RestoreStep,
+    SnapshotContentRef, VMRestore, VMRestoreContent, VMRestoreContentSpec, VMRestoreSpec, VMSnapshot,
+    VMSnapshotContent, VMSnapshotSpec,
 };
 use freezeframe_api::{CONTENT_FINALIZER, RESTORE_NAME_LABEL, RESTORE_NAMESPACE_LABEL};
 use kube::ResourceExt as _;
@@ -40,8 +41,8 @@ pub fn first_step(spec: &VMRestoreSpec) -> RestoreStep {
     }
 }
 
-/// The content that has the node of `source` do what the restore asks.
-pub fn content(restore: &VMRestore, source: &VMSnapshotContent) -> VMRestoreContent {
+/// The content that has the node of `source` do what the restore asks; `class` is the directory of its class.
+pub fn content(restore: &VMRestore, source: &VMSnapshotContent, class: Option<&str>) -> VMRestoreContent {
     let step = first_step(&restore.spec);
     // No `..`: a new field of a restore doesn't compile until it is carried over, or left out on purpose.
     let VMRestoreSpec { snapshot_name: _, target, confirm: _, stop_vm, stop_timeout, mode, disks, dry_run: _, verify } =
@@ -64,6 +65,7 @@ pub fn content(restore: &VMRestore, source: &VMSnapshotContent) -> VMRestoreCont
             source: reference(source),
             vm_name: source.spec.vm_name.clone(),
             new_vm: target.new_vm,
+            directory: class.filter(|_| target.directory == Some(RestoreDirectory::Class)).map(str::to_owned),
             step,
             pre_restore_content: None,
             mode,

@@ -3,8 +3,8 @@
 use freezeframe_api::RESTORE_FINALIZER;
 use freezeframe_api::conditions::{find, is_true, reasons, types};
 use freezeframe_api::v1alpha1::{
-    Phase, RestoreContentPhase, RestorePhase, RestoreStep, SnapshotContentRef, VMRestore, VMRestoreContent,
-    VMRestoreStatus, VMSnapshot, VMSnapshotContent,
+    Phase, RestoreContentPhase, RestoreDirectory, RestorePhase, RestoreStep, SnapshotContentRef, VMRestore,
+    VMRestoreContent, VMRestoreStatus, VMSnapshot, VMSnapshotContent,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
@@ -93,7 +93,7 @@ fn start(observed: &Observed, now: Timestamp) -> Vec<Action> {
     }
     match ready_to_start(observed) {
         Ok(source) => {
-            let content = order::content(restore, source);
+            let content = order::content(restore, source, observed.class_directory.as_deref());
             let mut actions = vec![];
             if !restore.finalizers().iter().any(|finalizer| finalizer == RESTORE_FINALIZER) {
                 actions.push(Action::AddFinalizer);
@@ -128,6 +128,10 @@ fn ready_to_start(observed: &Observed) -> Result<&VMSnapshotContent, Obstacle> {
     confirmed(&observed.restore, snapshot)?;
     if let Some(new_vm) = spec.target.new_vm.as_ref().filter(|_| observed.new_vm_exists) {
         return Err(Obstacle::Fatal(reasons::VM_EXISTS, format!("There is a VM {new_vm} in this namespace already.")));
+    }
+    if spec.target.directory == Some(RestoreDirectory::Class) && observed.class_directory.is_none() {
+        let message = format!("The class of VMSnapshot {name} names no restoreDirectory.");
+        return Err(Obstacle::Fatal(reasons::INVALID_PARAMETER, message));
     }
     match (snapshot.status.as_ref().map(|status| status.phase), &observed.source) {
         _ if snapshot.metadata.deletion_timestamp.is_some() => {

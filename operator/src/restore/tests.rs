@@ -45,6 +45,7 @@ fn observed(restore: VMRestore) -> Observed {
         restore,
         snapshot: Some(snapshot),
         source: Some(source),
+        class_directory: None,
         content: None,
         before: None,
         new_vm_exists: false,
@@ -54,7 +55,7 @@ fn observed(restore: VMRestore) -> Observed {
 
 /// With a content at that step, on which the node has reported that phase.
 fn at_step(mut observed: Observed, step: RestoreStep, phase: Option<RestoreContentPhase>) -> Observed {
-    let mut content = order::content(&observed.restore, observed.source.as_ref().unwrap());
+    let mut content = order::content(&observed.restore, observed.source.as_ref().unwrap(), None);
     content.spec.step = step;
     content.metadata.generation = Some(4);
     content.status = serde_json::from_value(json!({
@@ -127,6 +128,20 @@ fn nothing_is_overwritten_on_the_word_for_another_snapshot() {
         assert!(made(&actions).is_none(), "{actions:?}");
         assert_eq!((told(&actions).phase, reason(told(&actions))), (RestorePhase::Failed, reasons::NOT_CONFIRMED));
     }
+}
+
+#[test]
+fn a_new_vms_images_go_to_the_classes_directory_if_the_class_names_one() {
+    let to = |target: Value| observed(restore(json!({"target": target})));
+    let in_class = || to(json!({"newVM": "copy", "directory": "Class"}));
+    let directory = |observed: Observed| made(&plan(&observed, at(200))).map(|content| content.spec.directory.clone());
+    let named = |observed: Observed| Observed { class_directory: Some("/srv/restored".into()), ..observed };
+    assert_eq!(directory(named(in_class())), Some(Some("/srv/restored".into())));
+    assert_eq!(directory(named(to(json!({"newVM": "copy", "directory": "Beside"})))), Some(None));
+    assert_eq!(directory(named(to(json!({"newVM": "copy"})))), Some(None));
+    let refused = plan(&in_class(), at(200));
+    assert_eq!((made(&refused), reason(told(&refused))), (None, reasons::INVALID_PARAMETER));
+    assert!(stalled(told(&refused)));
 }
 
 #[test]

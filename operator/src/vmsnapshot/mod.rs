@@ -24,6 +24,7 @@ use std::time::Duration;
 use freezeframe_api::v1alpha1::VMSnapshot;
 use kube::runtime::controller::Action;
 
+pub use observe::{ClassState, class};
 pub use order::label_value;
 pub use queue::{is_settled, keeps_nobody_waiting, same_vm};
 

@@ -100,7 +100,8 @@ fn target(snapshot: &VMSnapshot, caches: &Caches) -> Option<VMTarget> {
     caches.targets.get(&name)?.0.as_ref().ok().cloned() // One that can't be read was logged as it arrived.
 }
 
-fn class(name: Option<&str>, caches: &Caches) -> ClassState {
+/// The class of a name, or the default.
+pub fn class(name: Option<&str>, caches: &Caches) -> ClassState {
     let classes: Vec<_> = caches.classes.state();
     let mut readable = classes.iter().filter_map(|class| class.0.as_ref().ok()); // As above: logged as it arrived.
     if let Some(name) = name {

@@ -1,0 +1,86 @@
+//! New VMs' images in the directory that a class names, on another file system than the snapshot's.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+
+use freezeframe_api::conditions::reasons;
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::session::order::Order;
+
+use crate::cases::{Case, for_every};
+use crate::lab::{CASES, Lab, why};
+
+/// The class's directory, which the agent may use, and a snapshot.
+async fn lab_of(case: Case) -> (Lab, PathBuf, Order, Vec<crate::content::Content>) {
+    let mut lab = Lab::with_copies_in_reach(case).await;
+    let directory = lab.world.copies.path().join("restored");
+    std::fs::create_dir(&directory).unwrap();
+    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o751)).unwrap();
+    lab.world.write().await;
+    let (snapshot, taken) = lab.snapshot(case.driver, 1).await;
+    lab.world.write().await;
+    (lab, directory, snapshot, taken)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_in_the_classes_directory_have_the_snapshots_data_and_depend_on_it_where_that_is_kept() {
+    for_every(CASES.iter().copied(), |case| async move {
+        let (mut lab, directory, snapshot, taken) = lab_of(case).await;
+        for (name, mode) in [("full", RestoreMode::Full), ("linked", RestoreMode::Linked)] {
+            let order = RestoreOrder { directory: Some(directory.clone()), ..lab.order_to_new(&snapshot, name, mode) };
+            let planned = lab.advance(&RestoreOrder { step: RestoreStep::Plan, ..order.clone() }).await;
+            assert_eq!(planned.phase, Some(RestoreContentPhase::Planned), "{:?}", planned.conditions);
+            let status = lab.advance(&order).await;
+            assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
+            for ((row, content), disk) in status.disks.iter().zip(&taken).zip(&lab.world.disks) {
+                let image = directory.join("shop").join(format!("{name}-{}.{}", disk.name, row.format));
+                assert_eq!(PathBuf::from(&row.path.0), image);
+                content.check(&image, &row.format).unwrap();
+                // A snapshot that is merged away looks for what needs it beside it only.
+                let linked = mode == RestoreMode::Linked && case.driver != "overlay";
+                assert_eq!(row.linked, linked, "{row:?}");
+                assert_eq!(row.message.is_some(), mode == RestoreMode::Linked, "{row:?}");
+            }
+            let (made, like) = (directory.join("shop").metadata().unwrap(), directory.metadata().unwrap());
+            assert_eq!((made.uid(), made.mode()), (like.uid(), like.mode()));
+        }
+        let kept = lab.delete(&snapshot).await;
+        assert_eq!(kept.is_some(), case.driver != "overlay", "{kept:?}");
+        for image in std::fs::read_dir(directory.join("shop")).unwrap() {
+            std::fs::remove_file(image.unwrap().path()).unwrap();
+        }
+        assert_eq!(lab.delete(&snapshot).await, None);
+        lab.world.check_guest().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_the_agent_may_not_use_or_that_is_not_there_is_refused() {
+    let (mut lab, directory, snapshot, _) = lab_of(CASES[0]).await;
+    let refused = async |lab: &mut Lab, at: PathBuf, words: &str| {
+        let order = lab.order_to_new(&snapshot, "new", RestoreMode::Full);
+        let said = lab.refused(&RestoreOrder { directory: Some(at), ..order }, reasons::INVALID_PARAMETER).await;
+        assert!(said.contains("restoreDirectory") && said.contains(words), "{said}");
+    };
+    refused(&mut lab, directory.join("gone"), "No such file").await;
+    let roots = ImageRoots::new(vec![lab.world.storage.root(), lab.world.sessions.vm_root.clone()]);
+    lab.world.sessions.roots = roots;
+    lab.restores = crate::lab::restores(&lab.world.sessions, &Lab::journal(&lab.world));
+    refused(&mut lab, directory.clone(), "root").await;
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+}
+
+/// The namespace's own directory is nobody's way out of the class's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_in_the_classes_directory_is_not_followed() {
+    let (mut lab, directory, snapshot, _) = lab_of(CASES[0]).await;
+    let out = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(out.path(), directory.join("shop")).unwrap();
+    let order = lab.order_to_new(&snapshot, "new", RestoreMode::Full);
+    let status = lab.advance(&RestoreOrder { directory: Some(directory), ..order }).await;
+    assert_eq!(status.phase, Some(RestoreContentPhase::Failed), "{:?}", why(&status));
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 0);
+}
