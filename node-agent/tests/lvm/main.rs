@@ -10,6 +10,7 @@ mod content;
 mod frozen;
 mod machine;
 mod node;
+mod restores;
 mod world;
 
 use freezeframe_api::conditions::{find, reasons, types};
