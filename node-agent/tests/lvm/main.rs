@@ -7,7 +7,10 @@
 
 #[path = "../conformance/content.rs"]
 mod content;
+#[path = "../conformance/counting.rs"]
+mod counting;
 mod frozen;
+mod instant;
 mod machine;
 mod node;
 mod restores;

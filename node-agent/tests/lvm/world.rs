@@ -25,6 +25,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use crate::content::Content;
+use crate::counting;
 use crate::machine::Machine;
 use crate::node::{GROUP, Lv, lvm};
 
@@ -79,6 +80,17 @@ impl World {
     /// A running VM on new volumes that read as zeros.
     pub async fn new(volumes: &[Lv]) -> Self {
         volumes.iter().for_each(Lv::create);
+        Self::on(volumes).await
+    }
+
+    /// A VM on new volumes whose guest writes to the first two by turns, for ever.
+    pub async fn counting(volumes: &[Lv]) -> Self {
+        volumes.iter().for_each(Lv::create);
+        counting::install(Path::new(&volumes[0].path()), "raw");
+        Self::on(volumes).await
+    }
+
+    async fn on(volumes: &[Lv]) -> Self {
         let mut world = Self::without_vm();
         world.machine = Some(Machine::start(&world.sessions.vm_root.join("shop/db-1"), volumes).await);
         world.contents = vec![Content::default(); volumes.len()];
