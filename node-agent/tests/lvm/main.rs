@@ -14,6 +14,7 @@ mod instant;
 mod machine;
 mod node;
 mod restores;
+mod targets;
 mod world;
 
 use freezeframe_api::conditions::{find, reasons, types};
