@@ -22,19 +22,22 @@ pub struct DiskSelection {
     #[schemars(length(max = 64))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub exclude: Vec<DiskName>,
-    /// Files that were made beforehand for the data of these disks to go to. Set by the user, where the class says where
-    /// such files are; a new file for each disk when empty.
+    /// Files or logical volumes that were made beforehand for the data of these disks to go to. Set by the user, where the
+    /// class says where such are; a new file for each disk when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     #[x_kube(
         merge_strategy = ListMerge::Map(vec!["disk".into()]),
-        validation = Rule::new("self.all(a, self.exists_one(b, a.file == b.file))")
-            .message("a file is the target of two disks")
+        validation = Rule::new("self.all(a, has(a.file) != has(a.volume))").message("a target is a file or a volume"),
+        validation = Rule::new("self.all(a, !has(a.file) || self.exists_one(b, has(b.file) && a.file == b.file))")
+            .message("a file is the target of two disks"),
+        validation = Rule::new("self.all(a, !has(a.volume) || self.exists_one(b, has(b.volume) && a.volume == b.volume))")
+            .message("a volume is the target of two disks")
     )]
     pub targets: Vec<DiskTarget>,
 }
 
-/// The file that one disk's data goes to.
+/// The file or the logical volume that one disk's data goes to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DiskTarget {
@@ -42,9 +45,19 @@ pub struct DiskTarget {
     pub disk: DiskName,
     /// The file's name, without directories: it is in the directory of the snapshot's namespace, below the one that the
     /// class names. It has the format that the class asks for and the disk's size, is empty, and nothing has it open. It
-    /// stays the user's: deleting the snapshot leaves it as it is.
+    /// stays the user's: deleting the snapshot leaves it as it is. Set by the user, unless `volume` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._+@=:-]*$"))]
-    pub file: String,
+    pub file: Option<String>,
+    /// The logical volume, as `<group>/<name>`, of a volume group that the class allows. It is tagged
+    /// `freezeframe-target-<namespace>`, has exactly the disk's size, begins with a MiB of zeros, and nothing has it open.
+    /// It is written raw, and stays the user's. Set by the user, unless `file` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 3, max = 255),
+        regex(pattern = r"^[A-Za-z0-9+_.][A-Za-z0-9+_.-]*/[A-Za-z0-9+_.][A-Za-z0-9+_.-]*$")
+    )]
+    pub volume: Option<String>,
 }
 
 /// How far one disk's snapshot is.

@@ -9,6 +9,7 @@ mod naming;
 mod owned;
 mod parameters;
 mod target;
+mod volume;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::jobs::{self, Wanted};
+use super::lvm::volume::Volume;
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Need, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots, trusted_directory};
@@ -40,6 +42,9 @@ struct State {
     /// Whether the user made it.
     #[serde(default)]
     owned: bool,
+    /// The volume that the user made, instead of a file.
+    #[serde(default)]
+    volume: Option<Volume>,
     /// Its format.
     #[serde(default)]
     format: Format,
@@ -100,6 +105,7 @@ struct Place {
     beneath: Option<Vec<String>>,
     file: String,
     owned: bool,
+    volume: Option<Volume>,
 }
 
 fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result<Place> {
@@ -108,6 +114,11 @@ fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result
         let why = || format!("{} is not beneath an image root of this node's agent, as it must be", path.display());
         if roots.names(path) { Ok(()) } else { Err(refused(key, why())) }
     };
+    if let Some(volume) = task.target.as_ref().and_then(|target| volume::named(target, parameters)) {
+        let volume = volume?;
+        let (root, file) = (Path::new("/dev").join(volume.group()), volume.name().to_owned());
+        return Ok(Place { root, beneath: None, file, owned: true, volume: Some(volume) });
+    }
     if let Some(file) = task.target.clone() {
         let root =
             parameters.targets.clone().ok_or_else(|| refused(TARGETS, "is missing, and a disk has a target".into()))?;
@@ -115,16 +126,17 @@ fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result
         if !naming::is_plain(&file) {
             return Err(DriverError::Target { path: file.into(), why: "is not a file's name".into() });
         }
-        return Ok(Place { root, beneath: Some(vec![task.vm.namespace.clone()]), file, owned: true });
+        let beneath = Some(vec![task.vm.namespace.clone()]);
+        return Ok(Place { root, beneath, file, owned: true, volume: None });
     }
     let root = parameters.directory.clone().ok_or_else(|| refused(DIRECTORY, "is missing".into()))?;
     let Some(template) = &parameters.template else {
         let file = format!("{}-{}.{}", task.disk, task.id, parameters.format.name());
-        return Ok(Place { root, beneath: None, file, owned: false });
+        return Ok(Place { root, beneath: None, file, owned: false, volume: None });
     };
     beneath_root(DIRECTORY, &root)?;
     let (beneath, file) = template.fill(task, Timestamp::now()).map_err(|why| refused(OUTPUT_TEMPLATE, why))?;
-    Ok(Place { root, beneath: Some(beneath), file, owned: false })
+    Ok(Place { root, beneath: Some(beneath), file, owned: false, volume: None })
 }
 
 #[async_trait]
@@ -149,13 +161,15 @@ impl SnapshotDriver for Copy {
 
     fn plan(&self, task: &mut DiskTask, _: &BlockGraph, roots: &ImageRoots) -> Result<()> {
         let parameters = Parameters::parse(&task.parameters)?;
-        let Place { root, beneath, file, owned } = place(&parameters, task, roots)?;
+        let Place { root, beneath, file, owned, volume } = place(&parameters, task, roots)?;
+        let format = if volume.is_some() { Format::Raw } else { parameters.format };
         let state = State {
             root,
             beneath,
             file,
             owned,
-            format: parameters.format,
+            volume,
+            format,
             id: None,
             node_prefix: format!("ff-{}-{}", task.id, task.index),
         };
@@ -164,6 +178,10 @@ impl SnapshotDriver for Copy {
 
     async fn prepare(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let mut state: State = task.state()?;
+        if let Some(volume) = &state.volume {
+            volume::lend(task, volume).await?;
+            return volume::open(vm, &state, volume).await;
+        }
         let directory = state.directory(task, roots)?;
         if state.owned {
             owned::lend(task, &mut state, &directory).await?;
@@ -189,6 +207,13 @@ impl SnapshotDriver for Copy {
 
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let state: State = task.state()?;
+        if let Some(volume) = &state.volume {
+            jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
+            jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+            target::close(vm, &state, volume::id(volume)).await?;
+            task.artifact = Some(volume::finish(task, volume).await?);
+            return Ok(());
+        }
         let directory = state.directory(task, roots)?;
         if state.id.is_none() || directory.id(&state.file)? != state.id {
             jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
@@ -207,6 +232,13 @@ impl SnapshotDriver for Copy {
             return Ok(Removal::Done);
         }
         let state: State = task.state()?;
+        if let Some(volume) = &state.volume {
+            if let Some(vm) = env.vm {
+                jobs::cancel(vm.qmp(), &state.job()).await?;
+                target::close(vm, &state, volume::id(volume)).await?;
+            }
+            return volume::give_back(task, volume).await;
+        }
         let Some(directory) = state.existing_directory(task, env.roots)? else { return Ok(Removal::Done) };
         if let Some(vm) = env.vm {
             jobs::cancel(vm.qmp(), &state.job()).await?;
@@ -224,7 +256,7 @@ impl SnapshotDriver for Copy {
     }
 
     fn needs(&self, task: &DiskTask) -> Option<Need> {
-        let state: State = task.state().ok()?;
+        let state: State = task.state().ok().filter(|state: &State| state.volume.is_none())?;
         Some(Need { bytes: target::needed(state.format, task.size), directory: state.root })
     }
 

@@ -16,6 +16,7 @@ pub mod volume;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -145,7 +146,8 @@ impl SnapshotDriver for Lvm {
         if is_in_flight(&state.snapshot) {
             return Err(DriverError::NotNow(format!("LVM is still making {}", state.snapshot)));
         }
-        match commands::find(&state.snapshot).await? {
+        let rows = commands::volumes(state.snapshot.group()).await?;
+        match find(&rows, &state.snapshot) {
             // Somebody else's volume of that name: ours was never made, or is gone. The origin's name proves nothing:
             // it may have got another one, or be gone.
             Some(row) if !row.is_ours(&task.id) => Ok(Removal::Done),
@@ -153,12 +155,29 @@ impl SnapshotDriver for Lvm {
             Some(row) if row.is_open() => {
                 Err(DriverError::NotNow(format!("{} is in use; close it first", state.snapshot.path().display())))
             }
-            Some(_) => {
-                commands::remove(&state.snapshot).await?;
+            Some(row) => {
+                let replaced = put_away_for(row, &rows, &state)?;
+                commands::remove(replaced.as_ref().unwrap_or(&state.snapshot)).await?;
                 Ok(Removal::Again)
             }
         }
     }
+}
+
+/// The volume that a disk was when this driver cut it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// It.
+    pub volume: Volume,
+    /// What QEMU called it.
+    pub device: PathBuf,
+}
+
+/// The volume that a disk was when this driver cut it; none if another driver did.
+#[must_use]
+pub fn origin(task: &DiskTask) -> Option<Origin> {
+    let state: State = task.state().ok().filter(|_| task.driver == Lvm.name())?;
+    Some(Origin { volume: state.origin, device: state.device })
 }
 
 /// Looks at a disk's snapshot; none if it can't overflow, since its space comes from a pool.
@@ -175,6 +194,20 @@ pub async fn fill(task: &DiskTask) -> Result<Option<Fill>> {
 
 fn find<'a>(rows: &'a [Row], volume: &Volume) -> Option<&'a Row> {
     rows.iter().find(|row| row.lv_name == volume.name())
+}
+
+/// The volume that a restore put away and that nothing but this snapshot needs: both go in one step.
+fn put_away_for(snapshot: &Row, rows: &[Row], state: &State) -> Result<Option<Volume>> {
+    let origin = rows.iter().find(|row| snapshot.needs(&row.lv_name) && row.is_put_away());
+    let is_last = |origin: &&Row| rows.iter().filter(|row| row.needs(&origin.lv_name)).count() == 1;
+    match origin.filter(is_last) {
+        Some(row) if row.is_open() => {
+            let group = state.snapshot.group();
+            Err(DriverError::NotNow(format!("{group}/{} is in use; close it first", row.lv_name)))
+        }
+        Some(row) => Ok(Some(Volume::new(state.snapshot.group(), &row.lv_name)?)),
+        None => Ok(None),
+    }
 }
 
 async fn ours(state: &State, task: &DiskTask) -> Result<Row> {

@@ -3,12 +3,15 @@
 //! QEMU tells us a path, and QEMU is not trusted: the path must be beneath `/dev`, lead to a block device, and the
 //! QEMU process must have this very device open, so that it can't name a device that it was never given.
 
-use std::fs::{metadata, read_dir, read_to_string};
+use std::fs::{File, metadata, read_dir, read_to_string};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use freezeframe_qemu::{BlockGraph, Node};
+use serde::{Deserialize, Serialize};
 
+use super::image::ImageError;
 use crate::drivers::lvm::volume::Volume;
 
 /// Deepest stack of hidden devices below a volume that is looked through.
@@ -63,6 +66,56 @@ pub fn number_of(path: &Path) -> Result<u64, String> {
     Ok(found.rdev())
 }
 
+/// A block device as the kernel made it, and how much was written to it since.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// This start of the host.
+    boot: String,
+    /// The kernel's number of the device: never given twice in one start of the host.
+    sequence: u64,
+    /// Sectors written, and discarded.
+    written: [u64; 2],
+}
+
+/// Where `stat` in sysfs has them, see the kernel's `Documentation/block/stat.rst`. Not how many requests they were: a
+/// flush counts as one, of no sectors.
+const WRITTEN: [usize; 2] = [6, 13];
+
+impl DeviceState {
+    /// Looks at the device at a path, after what the host's cache has of it is written. Needs Linux 5.15.
+    pub fn of(path: &Path) -> Result<Self, ImageError> {
+        sync(path)?;
+        let number = number_of(path).map_err(std::io::Error::other);
+        let number = number.map_err(|source| ImageError::Io { doing: "examine", path: path.to_owned(), source })?;
+        let system = format!("/sys/dev/block/{}:{}", rustix::fs::major(number), rustix::fs::minor(number));
+        let read = |file: &str| {
+            let io = |source| ImageError::Io { doing: "read", path: file.into(), source };
+            read_to_string(file).map_err(io)
+        };
+        let (sequence, written) = (read(&format!("{system}/diskseq"))?, read(&format!("{system}/stat"))?);
+        let parsed = sequence.trim().parse().ok().zip(parse_written(&written));
+        let strange =
+            || ImageError::Io { doing: "understand", path: system.into(), source: ErrorKind::InvalidData.into() };
+        let (sequence, written) = parsed.ok_or_else(strange)?;
+        Ok(Self { boot: read("/proc/sys/kernel/random/boot_id")?.trim().to_owned(), sequence, written })
+    }
+}
+
+fn parse_written(stat: &str) -> Option<[u64; 2]> {
+    let numbers: Vec<u64> = stat.split_whitespace().map(|number| number.parse().ok()).collect::<Option<_>>()?;
+    let mut written = [0; 2];
+    for (into, at) in written.iter_mut().zip(WRITTEN) {
+        *into = *numbers.get(at)?;
+    }
+    Some(written)
+}
+
+/// Writes out what the host's cache has of a device, and the device's own cache.
+pub fn sync(path: &Path) -> Result<(), ImageError> {
+    let io = |source| ImageError::Io { doing: "flush", path: path.to_owned(), source };
+    File::open(path).and_then(|device| device.sync_data()).map_err(io)
+}
+
 fn holds(pid: i32, number: u64) -> bool {
     let Ok(descriptors) = read_dir(format!("/proc/{pid}/fd")) else { return false };
     let is_it = |path: PathBuf| metadata(path).is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == number);
@@ -115,6 +168,14 @@ mod tests {
 
     fn uuid(volume: char, suffix: &str) -> String {
         format!("LVM-{}{}{suffix}", "g".repeat(IDENTIFIER), volume.to_string().repeat(IDENTIFIER))
+    }
+
+    #[test]
+    fn a_devices_writes_and_discards_are_read_from_its_numbers() {
+        let stat = "  100 1 200 3   40 5 60 7   0 9 10   110 12 130 14   15 16\n";
+        assert_eq!(parse_written(stat), Some([60, 130]));
+        assert_eq!(parse_written("1 2 3"), None);
+        assert_eq!(parse_written(&stat.replace("60", "x")), None);
     }
 
     #[test]

@@ -182,6 +182,16 @@ pub async fn hand_over(qmp: &Qmp, directory: &ImageDirectory, name: &str) -> Res
     Ok(format!("{FDSET_PREFIX}{number}"))
 }
 
+/// Hands a block device to QEMU, to be written, and returns the name to open it by. [`take_back`] knows it by `id`.
+pub async fn hand_over_device(qmp: &Qmp, device: impl AsFd, id: FileId, path: &Path) -> Result<String, HandOverError> {
+    let refused = |source| HandOverError::Qemu { path: path.to_owned(), source };
+    let sets = qmp.query_fdsets(QMP_TIMEOUT).await.map_err(refused)?;
+    let number = sets.iter().map(|set| set.id + 1).max().unwrap_or(0).max(FIRST_FDSET);
+    let text = opaque(id, path.parent().unwrap_or(path));
+    qmp.add_fd(number, &text, device.as_fd(), QMP_TIMEOUT).await.map_err(refused)?;
+    Ok(format!("{FDSET_PREFIX}{number}"))
+}
+
 /// Gives QEMU fresh descriptors for a file that it holds by descriptor; whether it does.
 ///
 /// QEMU's image locks belong to an open file description. A node that switches between read-write and read-only leaves

@@ -5,11 +5,12 @@
 //! image while it is held. The kernel gives it up with the descriptor, so also when this process dies.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 
 use super::image::{ImageDirectory, ImageError};
 
@@ -26,12 +27,24 @@ pub struct ImageLock(#[expect(dead_code, reason = "held, never used")] OwnedFd);
 impl ImageLock {
     /// Locks an image; none if another process has it open as QEMU does.
     pub fn take(directory: &ImageDirectory, name: &str) -> Result<Option<Self>, ImageError> {
-        let file = directory.open(name, OFlags::RDWR)?;
+        Self::of(directory.open(name, OFlags::RDWR)?, &directory.join(name))
+    }
+
+    /// The same for a block device, whose path was checked.
+    pub fn take_device(path: &Path) -> Result<Option<Self>, ImageError> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(device) => Self::of(device, path),
+            Err(errno) => Err(ImageError::Io { doing: "open", path: path.to_owned(), source: errno.into() }),
+        }
+    }
+
+    fn of(file: OwnedFd, path: &Path) -> Result<Option<Self>, ImageError> {
         let whole = libc::flock { l_type: WRITE, l_whence: FROM_START, l_start: 0, l_len: 0, l_pid: 0 };
         match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)) {
             Ok(_) => Ok(Some(Self(file))),
             Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
-            Err(errno) => Err(ImageError::Io { doing: "lock", path: directory.join(name), source: errno.into() }),
+            Err(errno) => Err(ImageError::Io { doing: "lock", path: path.to_owned(), source: errno.into() }),
         }
     }
 }

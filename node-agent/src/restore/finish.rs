@@ -25,7 +25,7 @@ impl Restores {
 
     /// A crash came in between. Where no name has changed hands the VM may have run since.
     pub(super) async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        match switch::has_begun(self, record) {
+        match switch::has_begun(self, record).await {
             Ok(true) => match switch::hold_the_rest(self, record).await {
                 Ok(held) => self.finish_held(record, held).await,
                 Err(failure) => Ok(not_yet(record, &failure.message)),
@@ -35,19 +35,13 @@ impl Restores {
         }
     }
 
-    /// The locks go last: no QEMU opens an old image while names change hands.
+    /// No QEMU opens an old image while names change hands, since it is held.
     async fn finish_held(&self, record: &mut RestoreRecord, held: Vec<ImageLock>) -> Result<Turn, JournalError> {
-        let turn = self.finish(record).await;
-        drop(held);
-        turn
-    }
-
-    async fn finish(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         // What its owner has done to a VM that was made is theirs.
         if new_vm::is_published(self, record) {
             return self.done(record);
         }
-        let named = switch::give_names(self, record).map_err(|error| source::failed(&error));
+        let named = switch::give_names(self, record, held).await.map_err(|error| source::failed(&error));
         let published = named.and_then(|()| match record.order.new_vm.clone() {
             Some(vm) => new_vm::publish(self, record, &vm),
             None => Ok(()),

@@ -8,11 +8,11 @@ use std::path::Path;
 use freezeframe_api::conditions::reasons;
 use rustix::fs::{Mode, OFlags};
 
-use super::record::{DiskRestore, Method};
+use super::record::{DiskRestore, ImageId, Method};
 use super::source::{failed, has_backing, place};
 use super::{Restores, tool, volumes};
 use crate::drivers::qemu_img;
-use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
+use crate::hypervisor::image::{ImageDirectory, ImageError};
 use crate::hypervisor::qcow2::read_header;
 use crate::hypervisor::share::share;
 use crate::session::outcome::{Failure, chain};
@@ -23,15 +23,15 @@ pub async fn make(
     disk: &DiskRestore,
     id: &str,
     told: &(dyn Fn(i32) + Send + Sync),
-) -> Result<FileId, Failure> {
-    if disk.method == Method::Volume {
-        return volumes::make(disk, id).await;
+) -> Result<ImageId, Failure> {
+    if disk.is_volume() {
+        return volumes::make(disk, id, told).await;
     }
     let roots = &restores.sessions.roots;
     let unfinished = disk.unfinished(id);
     let (directory, name) = roots.directory_of(&unfinished).map_err(|error| failed(&error))?;
     let there = directory.id(&name).map_err(|error| failed(&error))?;
-    if let Some(made) = disk.made.filter(|made| there == Some(*made)) {
+    if let Some(made) = there.map(ImageId::File).filter(|there| disk.made.as_ref() == Some(there)) {
         return Ok(made);
     }
     // The plan saw it; the headers may have changed since.
@@ -40,7 +40,7 @@ pub async fn make(
     match disk.method {
         Method::Clone => clone(restores, disk, directory, name.clone()).await?,
         Method::Link => link(disk, &directory, &unfinished).await?,
-        Method::Copy | Method::Volume => copy(disk, &directory, &unfinished, told).await?,
+        Method::Copy | Method::Volume | Method::VolumeCopy => copy(disk, &directory, &unfinished, told).await?,
     }
     let (directory, _) = roots.directory_of(&unfinished).map_err(|error| failed(&error))?;
     finish(restores, disk, &directory, &name)
@@ -86,7 +86,8 @@ async fn copy(
     unfinished: &Path,
     told: &(dyn Fn(i32) + Send + Sync),
 ) -> Result<(), Failure> {
-    let copied = tool::convert((&disk.source, &disk.source_format), (unfinished, &disk.format), told).await;
+    let target = tool::Target { image: unfinished, format: &disk.format, exists: false };
+    let copied = tool::convert((&disk.source, &disk.source_format), target, told).await;
     // `qemu-img` tells a full disk in words only, so the free space is looked at instead.
     copied.map_err(|error| match directory.free_bytes() {
         Ok(free) if free < NEARLY_NOTHING => {
@@ -105,7 +106,7 @@ fn no_space_or_failed(error: &crate::drivers::DriverError) -> Failure {
 }
 
 /// Checks an image, gives it its owner and puts it on disk.
-fn finish(restores: &Restores, disk: &DiskRestore, directory: &ImageDirectory, name: &str) -> Result<FileId, Failure> {
+fn finish(restores: &Restores, disk: &DiskRestore, directory: &ImageDirectory, name: &str) -> Result<ImageId, Failure> {
     check(disk, directory, name)?;
     let (like, like_name) = match restores.sessions.roots.directory_of(&disk.like) {
         Ok((like, like_name)) if like.id(&like_name).is_ok_and(|found| found.is_some()) => (like, like_name),
@@ -116,7 +117,8 @@ fn finish(restores: &Restores, disk: &DiskRestore, directory: &ImageDirectory, n
     directory.sync_file(name).map_err(|error| failed(&error))?;
     directory.sync().map_err(|error| failed(&error))?;
     let made = directory.id(name).map_err(|error| failed(&error))?;
-    made.ok_or_else(|| Failure::new(reasons::RESTORE_FAILED, format!("{} is gone", directory.join(name).display())))
+    made.map(ImageId::File)
+        .ok_or_else(|| Failure::new(reasons::RESTORE_FAILED, format!("{} is gone", directory.join(name).display())))
 }
 
 /// Format and size of an image, and what it backs onto.

@@ -20,6 +20,7 @@ mod directory;
 mod finish;
 mod links;
 mod make;
+mod names;
 mod new_vm;
 pub mod order;
 mod outcome;
@@ -185,10 +186,10 @@ impl Restores {
         if record.order.new_vm.is_none() {
             stop::not_running(self, &record.order.vm).await?;
         }
-        plan::check_space(self, &record.order, &record.disks)?;
+        let id = record.order.id();
+        plan::check_space(self, &record.order, &record.disks).await?;
         self.note_links(record)?;
         directory::make(&self.sessions.roots, &record.order, &record.disks)?;
-        let id = record.order.id();
         for at in 0..record.disks.len() {
             told.send_replace(Some(outcome::restoring(record, None)));
             let percent = |percent| drop(told.send_replace(Some(outcome::restoring(record, Some((at, percent))))));
@@ -209,7 +210,7 @@ impl Restores {
     /// a guest without an agent, or with a data disk alone, is restored as well.
     async fn try_to_boot(&self, record: &RestoreRecord) -> Result<BootCheck, Failure> {
         let id = record.order.id();
-        let image = |disk: &DiskRestore| BootDisk { path: disk.while_restored(&id), format: disk.format.clone() };
+        let image = |disk: &DiskRestore| BootDisk { path: disk.unfinished(&id), format: disk.format.clone() };
         let images: Vec<_> = record.disks.iter().map(image).collect();
         let with = target_file::boot_with(&self.sessions.vm_root, &record.order.vm).unwrap_or_default();
         let tried = self.boots.check(&images, &with, &self.sessions.roots).await;

@@ -37,7 +37,7 @@ pub fn waiting(order: &RestoreOrder, why: &str) -> VMRestoreContentStatus {
 /// While images are being made; `copying` is the disk that is, and how far it is.
 #[must_use]
 pub fn restoring(record: &RestoreRecord, copying: Option<(usize, i32)>) -> VMRestoreContentStatus {
-    let state = |at: usize, disk: &DiskRestore| match (disk.made, copying) {
+    let state = |at: usize, disk: &DiskRestore| match (&disk.made, copying) {
         (Some(_), _) => RestoredDiskState::Ready,
         (None, Some((copied, _))) if copied == at => RestoredDiskState::Copying,
         _ => RestoredDiskState::Planned,
@@ -131,6 +131,7 @@ fn row(order: &RestoreOrder, disk: &DiskRestore, state: RestoredDiskState) -> Re
         Method::Link => "qcow2 layer on top of the snapshot's image",
         Method::Copy => "full copy",
         Method::Volume => "thin volume: shares the snapshot's blocks, depends on nothing",
+        Method::VolumeCopy => "full copy in a new volume",
     };
     let message = match (&order.new_vm, disk.method) {
         (None, _) => Some("the present image is kept as a snapshot, and then replaced".to_owned()),

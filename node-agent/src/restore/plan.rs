@@ -32,7 +32,7 @@ pub async fn plan(restores: &Restores, order: &RestoreOrder) -> Result<Vec<DiskR
     for task in select(&record, order)? {
         disks.push(plan_disk(restores, order, task).await?);
     }
-    check_space(restores, order, &disks)?;
+    check_space(restores, order, &disks).await?;
     Ok(disks)
 }
 
@@ -68,7 +68,7 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
     let needed = match method {
         Method::Clone => FILE_METADATA,
         Method::Link => LAYER_METADATA,
-        Method::Copy | Method::Volume => {
+        Method::Copy | Method::Volume | Method::VolumeCopy => {
             tool::measure(&artifact.handle, &artifact.format).await.map_err(|error| failed(&error))?
         }
     };
@@ -164,10 +164,11 @@ fn check_target(dir: &ImageDirectory, path: &Path, task: &DiskTask, order: &Rest
     }
 }
 
-/// Whether each file system has the space for all that is made there.
-pub fn check_space(restores: &Restores, order: &RestoreOrder, disks: &[DiskRestore]) -> Result<(), Failure> {
+/// Whether each file system and volume group has the space for all that is made there.
+pub async fn check_space(restores: &Restores, order: &RestoreOrder, disks: &[DiskRestore]) -> Result<(), Failure> {
+    volumes::check_space(disks, &order.id()).await?;
     let mut by_device: BTreeMap<u64, (PathBuf, u64, u64)> = BTreeMap::new();
-    for disk in disks.iter().filter(|disk| disk.made.is_none() && disk.method != Method::Volume) {
+    for disk in disks.iter().filter(|disk| disk.made.is_none() && !disk.is_volume()) {
         let directory = directory::directory_of(&restores.sessions.roots, order, &disk.path)?;
         let device = rustix::fs::fstat(&directory).map_err(|error| failed(&error))?.st_dev;
         let free = directory.free_bytes().map_err(|error| failed(&error))?;

@@ -37,6 +37,18 @@ pub enum Method {
     Copy,
     /// A thin volume of its own that shares the snapshot's blocks until either is written.
     Volume,
+    /// A full copy in a new volume.
+    VolumeCopy,
+}
+
+/// What an image is, whatever it is called.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ImageId {
+    /// A file.
+    File(FileId),
+    /// A logical volume, by LVM's UUID of it.
+    Volume(String),
 }
 
 /// One disk of a restore.
@@ -62,10 +74,10 @@ pub struct DiskRestore {
     pub size: u64,
     /// Space that making it needs at most, in bytes.
     pub needed: u64,
-    /// The new image's file, once it is complete and on disk.
-    pub made: Option<FileId>,
-    /// The file that it replaces; none for a new VM.
-    pub replaced: Option<FileId>,
+    /// The new image, once it is complete and on disk.
+    pub made: Option<ImageId>,
+    /// The image that it replaces; none for a new VM.
+    pub replaced: Option<ImageId>,
 }
 
 impl DiskRestore {
@@ -75,10 +87,10 @@ impl DiskRestore {
         appended(&self.path, &format!(".vmrestore-{id}"))
     }
 
-    /// Where the new image is before the names change hands.
+    /// Whether its images are logical volumes.
     #[must_use]
-    pub fn while_restored(&self, id: &str) -> PathBuf {
-        if self.method == Method::Volume { self.path.clone() } else { self.unfinished(id) }
+    pub fn is_volume(&self) -> bool {
+        matches!(self.method, Method::Volume | Method::VolumeCopy)
     }
 
     /// Name of the replaced image while several disks change hands.

@@ -3,8 +3,8 @@
 use freezeframe_api::v1alpha1::VMRestoreContentStatus;
 
 use super::order::RestoreOrder;
-use super::record::{Method, RestoreRecord, Stage};
-use super::{Restores, Turn, new_vm, outcome, switch, volumes};
+use super::record::{RestoreRecord, Stage};
+use super::{Restores, Turn, new_vm, outcome, switch};
 use crate::session::journal::JournalError;
 use crate::session::outcome::{Failure, chain};
 
@@ -21,13 +21,8 @@ impl Restores {
     pub(super) async fn take_back(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         let status = Box::new(record.status.clone().unwrap_or_default());
         let new_vm = new_vm::take_back(self, record).map_err(|error| chain(&error));
-        let images = switch::take_back(self, record).map_err(|error| chain(&error));
-        let mut volumes = Ok(());
-        for disk in record.disks.iter().filter(|disk| disk.method == Method::Volume) {
-            let removed = volumes::take_back(disk, &record.order.id()).await;
-            volumes = volumes.and(removed.map_err(|error| chain(&error)));
-        }
-        if let Err(why) = new_vm.and(images).and(volumes) {
+        let images = switch::take_back(self, record).await.map_err(|error| chain(&error));
+        if let Err(why) = new_vm.and(images) {
             tracing::warn!(why, "a failed restore can't be taken back yet");
             return Ok(Turn::Again(status));
         }
@@ -61,7 +56,7 @@ impl Restores {
     }
 
     async fn end_switching(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
-        let begun = switch::has_begun(self, record).unwrap_or(true) || new_vm::is_published(self, record);
+        let begun = switch::has_begun(self, record).await.unwrap_or(true) || new_vm::is_published(self, record);
         if begun { self.switch_again(record).await } else { self.fail(record, &Failure::cancelled()).await }
     }
 

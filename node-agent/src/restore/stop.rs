@@ -10,6 +10,7 @@ use super::Restores;
 use super::order::RestoreOrder;
 use super::record::DiskRestore;
 use super::source::failed;
+use crate::hypervisor::image::ImageError;
 use crate::hypervisor::lock::ImageLock;
 use crate::hypervisor::{OpenError, QMP_TIMEOUT, Vm, VmKey};
 use crate::session::Progress;
@@ -129,10 +130,9 @@ pub async fn hold_images(restores: &Restores, disks: &[DiskRestore]) -> Result<V
     let end = Instant::now() + QUIT_TIMEOUT;
     let mut held = vec![];
     for disk in disks {
-        let (directory, name) = restores.sessions.roots.directory_of(&disk.path).map_err(|error| failed(&error))?;
         loop {
             // A QEMU whose monitor is closed may still be closing its images.
-            match ImageLock::take(&directory, &name).map_err(|error| failed(&error))? {
+            match lock(restores, disk).map_err(|error| failed(&error))? {
                 Some(lock) => break held.push(lock),
                 None if Instant::now() > end => {
                     let message = format!("{} is open in another process, so the VM runs", disk.path.display());
@@ -143,4 +143,12 @@ pub async fn hold_images(restores: &Restores, disks: &[DiskRestore]) -> Result<V
         }
     }
     Ok(held)
+}
+
+fn lock(restores: &Restores, disk: &DiskRestore) -> Result<Option<ImageLock>, ImageError> {
+    if disk.is_volume() {
+        return ImageLock::take_device(&disk.path);
+    }
+    let (directory, name) = restores.sessions.roots.directory_of(&disk.path)?;
+    ImageLock::take(&directory, &name)
 }

@@ -41,15 +41,25 @@ pub async fn measure(image: &Path, format: &str) -> Result<u64, ToolError> {
     measured.map(|measured| measured.required).map_err(|error| ToolError(error.to_string()))
 }
 
+/// Where a copy goes.
+pub struct Target<'a> {
+    /// The image.
+    pub image: &'a Path,
+    /// Its format.
+    pub format: &'a str,
+    /// Whether it is there already, of the source's size; else it is made.
+    pub exists: bool,
+}
+
 /// Copies an image with all that it backs onto; `told` learns of each percent.
 pub async fn convert(
     source: (&Path, &str),
-    target: (&Path, &str),
+    target: Target<'_>,
     told: &(dyn Fn(i32) + Send + Sync),
 ) -> Result<(), ToolError> {
     let mut command = Command::new("ionice");
-    command.args(["-c", "3", "nice", "-n", "19", "qemu-img", "convert", "-p", "-f", source.1, "-O", target.1]);
-    command.arg(source.0).arg(target.0);
+    command.args(["-c", "3", "nice", "-n", "19", "qemu-img", "convert", "-p", "-f", source.1, "-O", target.format]);
+    command.args(target.exists.then_some("-n")).arg(source.0).arg(target.image);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| ToolError(error.to_string()))?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());

@@ -1,20 +1,23 @@
-//! A new VM's disk from a snapshot of a thin volume: a thin volume of its own that shares the snapshot's blocks.
+//! A disk whose snapshot is a logical volume, brought back as one: of a thin snapshot a thin volume that shares its blocks,
+//! of a thick one a full copy.
 //!
-//! It is whole as soon as it exists, and depends on nothing: LVM counts the users of each block. So it is made under its
-//! final name, and our tag says whose it is.
+//! Neither depends on the snapshot: LVM counts the users of each block. Until all images are complete a new volume has a
+//! name of its own, like a file's, and our tag says whose it is.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use freezeframe_api::conditions::reasons;
 
 use super::order::RestoreOrder;
-use super::record::{DiskRestore, Method};
+use super::record::{DiskRestore, ImageId, Method};
 use super::source::failed;
+use super::tool;
 use crate::drivers::lvm::commands::{self, Row};
 use crate::drivers::lvm::volume::Volume;
-use crate::drivers::{Artifact, DiskTask, DriverError};
-use crate::hypervisor::device::number_of;
-use crate::hypervisor::image::FileId;
+use crate::drivers::lvm::{self, Origin};
+use crate::drivers::{Artifact, DiskTask};
+use crate::hypervisor::device::{number_of, sync};
 use crate::session::outcome::Failure;
 
 /// A pool that is fuller than this, in percent, gets no new volume.
@@ -24,36 +27,63 @@ const METADATA: u64 = 4 << 20;
 
 /// What would be made of a disk whose snapshot is a volume.
 pub async fn plan(order: &RestoreOrder, task: &DiskTask, artifact: &Artifact) -> Result<DiskRestore, Failure> {
-    let refused = |why: &str| Failure::refused(reasons::DISK_NOT_SUPPORTED, format!("disk {} {why}", task.disk));
-    let Some(new) = &order.new_vm else {
-        // A file says when it was last written; a volume doesn't, so a start of the VM in between would go unnoticed.
-        return Err(refused("is a logical volume: bring it back as a new VM's, and start the VM from that"));
-    };
     let source = volume_at(&artifact.handle)?;
     let rows = commands::volumes(source.group()).await.map_err(|error| failed(&error))?;
     let row = |name: &str| rows.iter().find(|row| row.lv_name == name);
-    let snapshot = row(source.name()).ok_or_else(|| refused("has lost its snapshot"))?;
-    let pool = row(&snapshot.pool_lv).ok_or_else(|| refused("is a thick volume, which only LVM itself brings back"))?;
-    check_pool(pool, source.group())?;
-    let name = format!("{}-{}", new.name, task.disk);
-    let made = Volume::new(source.group(), &name).map_err(|error| failed(&error))?;
-    if row(made.name()).is_some() {
-        return Err(Failure::refused(reasons::VM_EXISTS, format!("there is a volume {made} already")));
-    }
-    Ok(DiskRestore {
+    let lost = || Failure::refused(reasons::SNAPSHOT_NOT_READY, format!("disk {} has lost its snapshot", task.disk));
+    let snapshot = row(source.name()).filter(|snapshot| !snapshot.is_overflowed()).ok_or_else(lost)?;
+    let (method, needed) = match row(&snapshot.pool_lv) {
+        Some(pool) => {
+            check_pool(pool, source.group())?;
+            (Method::Volume, METADATA)
+        }
+        None => (Method::VolumeCopy, snapshot.size()),
+    };
+    let path = match &order.new_vm {
+        Some(new) => {
+            let made = volume(source.group(), &format!("{}-{}", new.name, task.disk))?;
+            if row(made.name()).is_some() {
+                return Err(Failure::refused(reasons::VM_EXISTS, format!("there is a volume {made} already")));
+            }
+            made.path()
+        }
+        None => replaced(task, &rows)?.path(),
+    };
+    let planned = DiskRestore {
         disk: task.disk.clone(),
         driver: task.driver.clone(),
         source: artifact.handle.clone(),
         source_format: artifact.format.clone(),
-        method: Method::Volume,
-        path: made.path(),
+        method,
+        path,
         format: artifact.format.clone(),
         like: artifact.handle.clone(),
         size: task.size,
-        needed: METADATA,
+        needed,
         made: None,
         replaced: None,
-    })
+    };
+    // Both must be names that LVM takes, before anything is begun.
+    volume_at(&planned.unfinished(&order.id()))?;
+    volume_at(&planned.away(&order.id()))?;
+    Ok(planned)
+}
+
+/// The volume that a restore in place replaces.
+fn replaced(task: &DiskTask, rows: &[Row]) -> Result<Volume, Failure> {
+    let refused = |why: String| Failure::refused(reasons::DISK_NOT_SUPPORTED, format!("disk {} {why}", task.disk));
+    let Some(Origin { volume, device }) = lvm::origin(task) else {
+        return Err(refused("has a copy on a volume, which can be brought back as a new VM's alone".into()));
+    };
+    if !volume.is_named_by(&device) {
+        let path = volume.path();
+        let why = format!("is {} on the VM's command line, which wouldn't lead to a new volume", device.display());
+        return Err(refused(format!("{why}; say {} there", path.display())));
+    }
+    if rows.iter().any(|row| row.lv_name == volume.name()) {
+        return Ok(volume);
+    }
+    Err(Failure::refused(reasons::DISK_NOT_FOUND, format!("disk {} has no volume {volume} now", task.disk)))
 }
 
 fn check_pool(pool: &Row, group: &str) -> Result<(), Failure> {
@@ -65,35 +95,72 @@ fn check_pool(pool: &Row, group: &str) -> Result<(), Failure> {
     Err(Failure::new(reasons::NO_SPACE, message))
 }
 
-/// Makes a disk's volume, unless it was made before.
-pub async fn make(disk: &DiskRestore, id: &str) -> Result<FileId, Failure> {
-    let (source, made) = (volume_at(&disk.source)?, volume_at(&disk.path)?);
+/// Whether each volume group has the space for all copies that are made there.
+pub async fn check_space(disks: &[DiskRestore], id: &str) -> Result<(), Failure> {
+    let mut needed: BTreeMap<String, Vec<(Volume, u64)>> = BTreeMap::new();
+    for disk in disks.iter().filter(|disk| disk.made.is_none() && disk.method == Method::VolumeCopy) {
+        let made = volume_at(&disk.unfinished(id))?;
+        needed.entry(made.group().to_owned()).or_default().push((made, disk.needed));
+    }
+    for (group, copies) in needed {
+        let rows = commands::volumes(&group).await.map_err(|error| failed(&error))?;
+        // One that was begun has its space.
+        let begun = |made: &Volume| rows.iter().any(|row| row.lv_name == made.name());
+        let needed: u64 = copies.iter().filter(|(made, _)| !begun(made)).map(|(_, bytes)| bytes).sum();
+        let free = rows.first().map_or(0, |row| row.vg_free);
+        if needed > free {
+            let message = format!("{needed} bytes are needed in volume group {group}, and {free} are free");
+            return Err(Failure::new(reasons::NO_SPACE, message));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a disk's volume, unless it was made before; `told` learns of a copy's progress in percent.
+pub async fn make(disk: &DiskRestore, id: &str, told: &(dyn Fn(i32) + Send + Sync)) -> Result<ImageId, Failure> {
+    let (source, made) = (volume_at(&disk.source)?, volume_at(&disk.unfinished(id))?);
     match commands::find(&made).await.map_err(|error| failed(&error))? {
-        Some(row) if row.is_ours(id) => {}
-        Some(_) => return Err(Failure::new(reasons::VM_EXISTS, format!("there is a volume {made} already"))),
-        None => commands::clone(&source, &made, id).await.map_err(|error| failed(&error))?,
+        Some(row) if !row.is_ours(id) => {
+            return Err(Failure::new(reasons::VM_EXISTS, format!("there is a volume {made} already")));
+        }
+        Some(row) if disk.made == Some(ImageId::Volume(row.lv_uuid.clone())) => {
+            return Ok(ImageId::Volume(row.lv_uuid));
+        }
+        Some(_) => {}
+        None if disk.method == Method::Volume => {
+            commands::clone(&source, &made, id).await.map_err(|error| failed(&error))?;
+        }
+        None => commands::create(&made, disk.needed, id).await.map_err(|error| failed(&error))?,
     }
     let row = commands::find(&made).await.map_err(|error| failed(&error))?;
     let row = row.ok_or_else(|| Failure::new(reasons::RESTORE_FAILED, format!("volume {made} is gone")))?;
     commands::activate(&made, &row).await.map_err(|error| failed(&error))?;
-    let device = number_of(&disk.path).map_err(|why| Failure::new(reasons::VERIFY_FAILED, why))?;
+    number_of(&made.path()).map_err(|why| Failure::new(reasons::VERIFY_FAILED, why))?;
     // Within another format the volume's own size says nothing about the disk's.
     if disk.format == "raw" && row.lv_size != disk.size {
         let message = format!("disk {}: volume {made} has {} bytes, not {}", disk.disk, row.lv_size, disk.size);
         return Err(Failure::new(reasons::VERIFY_FAILED, message));
     }
-    Ok(FileId::new(device, 0))
-}
-
-/// Removes a disk's volume, if it was made.
-pub async fn take_back(disk: &DiskRestore, id: &str) -> Result<(), DriverError> {
-    let made = Volume::of_path(&disk.path)?;
-    match commands::find(&made).await? {
-        Some(row) if row.is_ours(id) => commands::remove(&made).await,
-        _ => Ok(()),
+    if disk.method == Method::VolumeCopy {
+        copy(&source, &made, told).await?;
     }
+    Ok(ImageId::Volume(row.lv_uuid))
 }
 
-fn volume_at(device: &Path) -> Result<Volume, Failure> {
+/// Byte by byte, whatever format is within.
+async fn copy(source: &Volume, made: &Volume, told: &(dyn Fn(i32) + Send + Sync)) -> Result<(), Failure> {
+    let path = made.path();
+    let target = tool::Target { image: &path, format: "raw", exists: true };
+    tool::convert((&source.path(), "raw"), target, told).await.map_err(|error| failed(&error))?;
+    let synced = tokio::task::spawn_blocking(move || sync(&path)).await.map_err(|error| failed(&error))?;
+    synced.map_err(|error| failed(&error))
+}
+
+/// The volume whose device is at a path of ours.
+pub fn volume_at(device: &Path) -> Result<Volume, Failure> {
     Volume::of_path(device).map_err(|error| failed(&error))
+}
+
+fn volume(group: &str, name: &str) -> Result<Volume, Failure> {
+    Volume::new(group, name).map_err(|error| failed(&error))
 }

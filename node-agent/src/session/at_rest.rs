@@ -3,14 +3,16 @@
 //!
 //! Compared for equality, never with a clock: file systems have clocks of their own, and QEMU writes to an image when it
 //! closes it. So it is looked at when our QEMU has ended. A file's change time can't be set back; a rename moves it, but
-//! names change hands before.
+//! names change hands before. A device has no times, but the kernel counts what is written to it.
 
 use std::fs::File;
+use std::path::PathBuf;
 
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
-use crate::drivers::DiskTask;
+use crate::drivers::{DiskTask, lvm};
+use crate::hypervisor::device::DeviceState;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 
 /// One image, as it lay.
@@ -18,8 +20,18 @@ use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 pub struct AtRest {
     /// The disk.
     pub disk: String,
-    /// The file.
-    pub file: FileState,
+    /// Its image.
+    pub image: ImageState,
+}
+
+/// What an image is, and all that a write to it changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ImageState {
+    /// A file.
+    File(FileState),
+    /// A logical volume's device, and what the kernel counted of writes to it.
+    Device(DeviceState),
 }
 
 /// A file, and all that a write to it changes.
@@ -53,14 +65,18 @@ impl FileState {
     }
 }
 
-/// The images of the disks that are files. One that can't be looked at is left out, and won't be replaced.
+/// The images of the disks that are files or logical volumes. One that can't be looked at is left out, and won't be replaced.
 #[must_use]
 pub fn look(roots: &ImageRoots, tasks: &[DiskTask]) -> Vec<AtRest> {
     let state = |task: &DiskTask| {
-        let path = task.path.as_ref()?;
-        let found = roots.directory_of(path).and_then(|(directory, name)| FileState::of(&directory, &name));
-        let file = found.map_err(|error| tracing::warn!(%error, "an image at rest can't be looked at")).ok()?;
-        Some(AtRest { disk: task.disk.clone(), file })
+        let file = |path: &PathBuf| {
+            let found = roots.directory_of(path).and_then(|(directory, name)| FileState::of(&directory, &name));
+            found.map(ImageState::File)
+        };
+        let device = || Some(DeviceState::of(&lvm::origin(task)?.device).map(ImageState::Device));
+        let found = task.path.as_ref().map(file).or_else(device)?;
+        let image = found.map_err(|error| tracing::warn!(%error, "an image at rest can't be looked at")).ok()?;
+        Some(AtRest { disk: task.disk.clone(), image })
     };
     tasks.iter().filter_map(state).collect()
 }

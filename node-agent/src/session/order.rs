@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContent, Verify,
+    ClassDriver, ConsistencyLevel, DeletionPolicy, DiskTarget, Fallback, Limits, Pause, VMSnapshotContent, Verify,
 };
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -58,6 +58,11 @@ pub struct Order {
     pub generation: Option<i64>,
 }
 
+/// A disk and where its data goes: the name of a file, or, with a slash in it, of a volume.
+fn target(to: &DiskTarget) -> Option<(String, String)> {
+    Some((to.disk.0.clone(), to.file.clone().or_else(|| to.volume.clone())?))
+}
+
 impl Order {
     /// Reads a content.
     #[must_use]
@@ -78,7 +83,7 @@ impl Order {
             pause: spec.quiesce.pause,
             include: names(&spec.disks.include),
             exclude: names(&spec.disks.exclude),
-            targets: spec.disks.targets.iter().map(|to| (to.disk.0.clone(), to.file.clone())).collect(),
+            targets: spec.disks.targets.iter().filter_map(target).collect(),
             verify: spec.verify,
             limits: spec.limits.clone(),
             deadline: spec.deadline.0,

@@ -26,6 +26,7 @@ mod cases;
 mod chains;
 mod content;
 mod copies;
+mod counting;
 mod full;
 mod instant;
 mod loopcopy;

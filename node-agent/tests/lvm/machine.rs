@@ -35,7 +35,7 @@ impl Machine {
             let file = format!("driver=host_device,node-name=vd{at}-file,filename={}", volume.path());
             command.args(["-blockdev", &file]);
             command.args(["-blockdev", &format!("driver=raw,node-name=vd{at}-node,file=vd{at}-file")]);
-            command.args(["-device", &format!("virtio-blk-pci,drive=vd{at}-node,id=vd{at}")]);
+            command.args(["-device", &format!("virtio-blk-pci,drive=vd{at}-node,id=vd{at},bootindex={at}")]);
         }
         let output = directory.join("output");
         command.stdin(Stdio::null()).stdout(File::create(&output).unwrap());

@@ -7,9 +7,14 @@
 
 #[path = "../conformance/content.rs"]
 mod content;
+#[path = "../conformance/counting.rs"]
+mod counting;
 mod frozen;
+mod instant;
 mod machine;
 mod node;
+mod restores;
+mod targets;
 mod world;
 
 use freezeframe_api::conditions::{find, reasons, types};

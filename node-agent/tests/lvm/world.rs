@@ -14,6 +14,7 @@ use freezeframe_node_agent::drivers::lvm::Lvm;
 use freezeframe_node_agent::drivers::{DiskTask, Drivers, Env, Pace, Removal, SnapshotDriver};
 use freezeframe_node_agent::hypervisor::disks::disks;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::hypervisor::target_file::{self, KnownDisk, TargetFile};
 use freezeframe_node_agent::hypervisor::{Vm, VmKey};
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
@@ -24,8 +25,9 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use crate::content::Content;
+use crate::counting;
 use crate::machine::Machine;
-use crate::node::{Lv, lvm};
+use crate::node::{GROUP, Lv, lvm};
 
 const SOON: Duration = Duration::from_secs(60);
 /// LVM's commands take seconds where they are emulated on a busy machine.
@@ -42,6 +44,11 @@ pub struct World {
     epoch: u8,
     _guard: watch::Sender<bool>,
     run: TempDir,
+}
+
+/// Where an agent of this world lets images be.
+pub fn roots(run: &Path) -> ImageRoots {
+    ImageRoots::new(vec![run.join("images"), run.join("vms"), Path::new("/dev").join(GROUP)])
 }
 
 /// A snapshot that is complete.
@@ -73,6 +80,17 @@ impl World {
     /// A running VM on new volumes that read as zeros.
     pub async fn new(volumes: &[Lv]) -> Self {
         volumes.iter().for_each(Lv::create);
+        Self::on(volumes).await
+    }
+
+    /// A VM on new volumes whose guest writes to the first two by turns, for ever.
+    pub async fn counting(volumes: &[Lv]) -> Self {
+        volumes.iter().for_each(Lv::create);
+        counting::install(Path::new(&volumes[0].path()), "raw");
+        Self::on(volumes).await
+    }
+
+    async fn on(volumes: &[Lv]) -> Self {
         let mut world = Self::without_vm();
         world.machine = Some(Machine::start(&world.sessions.vm_root.join("shop/db-1"), volumes).await);
         world.contents = vec![Content::default(); volumes.len()];
@@ -92,7 +110,7 @@ impl World {
         let timing = Timing { silence: Duration::from_secs(30), ..Timing::default() };
         tokio::spawn(Server::bind(&socket, state, timing, stopping).unwrap().run());
         let sessions = Sessions {
-            roots: ImageRoots::new(vec![run.path().join("images"), vm_root.clone()]),
+            roots: roots(run.path()),
             vm_root,
             guard: Guard::new(socket),
             journal: Journal::open(run.path().join("contents")).unwrap(),
@@ -112,7 +130,35 @@ impl World {
         self.machine.as_ref().unwrap()
     }
 
-    fn key() -> VmKey {
+    /// Ends QEMU, and says in the VM's directory what its disks are.
+    pub fn quit(&mut self) {
+        self.machine = None;
+        let disk = |(at, volume): (usize, &Lv)| KnownDisk {
+            name: format!("vd{at}"),
+            path: volume.path().into(),
+            format: "raw".into(),
+            read_only: false,
+        };
+        let disks = self.volumes.iter().enumerate().map(disk).collect();
+        let file = TargetFile { disks, ..TargetFile::default() };
+        let path = self.sessions.vm_root.join("shop/db-1").join(target_file::FILE);
+        std::fs::write(path, serde_json::to_vec(&file).unwrap()).unwrap();
+    }
+
+    /// Starts QEMU again, with the command line that it always had.
+    pub async fn start(&mut self) {
+        self.machine = Some(Machine::start(&self.sessions.vm_root.join("shop/db-1"), &self.volumes).await);
+    }
+
+    /// What is to be read of the volumes themselves.
+    pub fn check_volumes(&self, contents: &[Content]) {
+        for (volume, content) in self.volumes.iter().zip(contents) {
+            content.check(Path::new(&volume.path()), "raw").unwrap();
+        }
+    }
+
+    /// The VM of every test.
+    pub fn key() -> VmKey {
         VmKey { namespace: "shop".into(), name: "db-1".into() }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::naming::Template;
+use crate::drivers::lvm::volume::Volume;
 use crate::drivers::quantity::bytes;
 use crate::drivers::{DriverError, Result};
 
@@ -16,6 +17,9 @@ const COMPRESSED: &str = "compressed";
 pub const OUTPUT_TEMPLATE: &str = "outputTemplate";
 /// The parameter that says where users' own files are.
 pub const TARGETS: &str = "targets";
+
+/// The parameter that says in which volume groups users' own volumes may be.
+pub const TARGET_GROUPS: &str = "targetGroups";
 
 /// Format of a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -53,6 +57,8 @@ pub struct Parameters {
     pub template: Option<Template>,
     /// Below which files are that users made for copies, each namespace's in a directory of its own.
     pub targets: Option<PathBuf>,
+    /// Volume groups whose volumes users may name.
+    pub target_groups: Vec<String>,
 }
 
 impl Parameters {
@@ -81,17 +87,27 @@ impl Parameters {
             (FORMAT, "qcow2") => self.format = Format::Qcow2,
             (FORMAT, "raw") => self.format = Format::Raw,
             (FORMAT, other) => return Err(format!("`{other}` is neither qcow2 nor raw")),
+            (TARGET_GROUPS, groups) => {
+                self.target_groups = groups.split(',').map(|group| group.trim().to_owned()).collect();
+                if let Some(bad) = self.target_groups.iter().find(|group| !is_group(group)) {
+                    return Err(format!("`{bad}` is not a volume group's name"));
+                }
+            }
             (OUTPUT_TEMPLATE, text) => self.template = Some(Template::parse(text)?),
             (COMPRESSED, "true" | "false") => self.compressed = value == "true",
             (COMPRESSED, other) => return Err(format!("`{other}` is neither \"true\" nor \"false\"")),
             _ => {
                 return Err(format!(
-                    "copy doesn't know this one; it knows {DIRECTORY}, {SPEED}, {FORMAT}, {COMPRESSED}, {OUTPUT_TEMPLATE}, {TARGETS}"
+                    "copy doesn't know this one; it knows {DIRECTORY}, {SPEED}, {FORMAT}, {COMPRESSED}, {OUTPUT_TEMPLATE}, {TARGETS}, {TARGET_GROUPS}"
                 ));
             }
         }
         Ok(())
     }
+}
+
+fn is_group(name: &str) -> bool {
+    Volume::new(name, "any").is_ok()
 }
 
 #[cfg(test)]
@@ -109,12 +125,13 @@ mod tests {
         assert_eq!((read.speed, read.format, read.compressed), (1 << 20, Format::Qcow2, true));
         assert_eq!(parse(&[]).unwrap(), Parameters::default());
         assert_eq!(parse(&[(FORMAT, "raw")]).unwrap().format, Format::Raw);
+        assert_eq!(parse(&[(TARGET_GROUPS, "vg1, vg-2")]).unwrap().target_groups, ["vg1", "vg-2"]);
     }
 
     #[test]
     fn what_cannot_be_used_is_refused_by_its_key() {
         let raw_compressed = [(FORMAT, "raw"), (COMPRESSED, "true")];
-        let cases: [(&str, &[(&str, &str)]); 8] = [
+        let cases: [(&str, &[(&str, &str)]); 10] = [
             (DIRECTORY, &[(DIRECTORY, "copies")]),
             (SPEED, &[(SPEED, "fast")]),
             (FORMAT, &[(FORMAT, "vmdk")]),
@@ -122,6 +139,8 @@ mod tests {
             (COMPRESSED, &raw_compressed),
             (OUTPUT_TEMPLATE, &[(OUTPUT_TEMPLATE, "../{disk}")]),
             (TARGETS, &[(TARGETS, "targets")]),
+            (TARGET_GROUPS, &[(TARGET_GROUPS, "")]),
+            (TARGET_GROUPS, &[(TARGET_GROUPS, "vg1,../vg2")]),
             ("colour", &[("colour", "red")]),
         ];
         for (key, given) in cases {

@@ -14,8 +14,12 @@ use crate::drivers::{DriverError, Result};
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// What every volume of ours is tagged with.
 const TAG: &str = "freezeframe";
+/// What a volume is tagged with that a restore has replaced, and that thick snapshots still need: it goes with the last.
+const REPLACED: &str = "freezeframe-replaced";
+/// Of the ids that snapshots and restores mark volumes with, in characters.
+const ID_LENGTH: usize = 12;
 /// All that we read of a volume, its pool and its group.
-const FIELDS: &str = "lv_name,lv_attr,lv_size,lv_metadata_size,origin,origin_size,pool_lv,segtype,data_percent,\
+const FIELDS: &str = "lv_name,lv_uuid,lv_attr,lv_size,lv_metadata_size,origin,origin_size,pool_lv,segtype,data_percent,\
                       metadata_percent,lv_tags,lv_health_status,vg_free,vg_extent_size";
 /// Neither old metadata kept nor events of pools listened to: both are the node's to configure, and cost time in the
 /// window. What the window does is on disk all the same: LVM commits its metadata before the command ends.
@@ -26,6 +30,8 @@ const IN_WINDOW: &str = "backup/backup=0 backup/archive=0 activation/monitoring=
 pub struct Row {
     /// Its name.
     pub lv_name: String,
+    /// What it is, whatever it is called.
+    pub lv_uuid: String,
     /// Ten flags, see lvs(8).
     pub lv_attr: String,
     /// Its size, in bytes; of a thick snapshot the size of the space for changes.
@@ -65,6 +71,44 @@ impl Row {
     pub fn is_ours(&self, id: &str) -> bool {
         let own = tag(id);
         self.lv_tags.split(',').any(|tag| tag == own)
+    }
+
+    /// Whether it is a volume that a restore put away because snapshots of ours need it.
+    #[must_use]
+    pub fn is_put_away(&self) -> bool {
+        self.lv_tags.split(',').any(|tag| tag == REPLACED)
+    }
+
+    /// Whether it is a volume of its own, thick or thin, that nothing depends on or was made of.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.flag(0), '-' | 'V') && self.origin.is_empty()
+    }
+
+    /// Whether its user made it for copies of VMs of a namespace.
+    #[must_use]
+    pub fn is_target_of(&self, namespace: &str) -> bool {
+        let wanted = target_tag(namespace);
+        self.lv_tags.split(',').any(|tag| tag == wanted)
+    }
+
+    /// Whether a snapshot or a restore has marked it as its own.
+    #[must_use]
+    pub fn is_claimed(&self) -> bool {
+        let ours = |tag: &str| tag.strip_prefix(TAG).and_then(|rest| rest.strip_prefix('-')).is_some_and(is_id);
+        self.lv_tags.split(',').any(ours)
+    }
+
+    /// Whether it is a snapshot that is worth nothing without this volume.
+    #[must_use]
+    pub fn needs(&self, origin: &str) -> bool {
+        self.is_thick_snapshot() && self.origin == origin
+    }
+
+    /// Size of what one reads from it, in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        if self.is_thick_snapshot() { self.origin_size } else { self.lv_size }
     }
 
     /// Whether it is a thick snapshot that lost its contents, because the space for changes was used up.
@@ -150,6 +194,45 @@ pub async fn clone(snapshot: &Volume, made: &Volume, id: &str) -> Result<()> {
     run(clone_arguments(snapshot, made, id).iter().map(String::as_str)).await.map(drop)
 }
 
+/// Makes a volume of a size in bytes, whose content is whatever lies there.
+pub async fn create(made: &Volume, size: u64, id: &str) -> Result<()> {
+    let (size, tag) = (format!("{size}b"), tag(id));
+    let fixed = ["lvcreate", "--quiet", "--yes", "--wipesignatures", "n", "--zero", "n", "--size", &size];
+    run(fixed.into_iter().chain(["--addtag", TAG, "--addtag", &tag, "--name", made.name(), made.group()]))
+        .await
+        .map(drop)
+}
+
+/// Gives a volume another name, which must be free.
+pub async fn rename(volume: &Volume, new: &Volume) -> Result<()> {
+    run(["lvrename", "--quiet", volume.group(), volume.name(), new.name()]).await.map(drop)
+}
+
+/// Marks a volume as holding a snapshot's data.
+pub async fn claim(volume: &Volume, id: &str) -> Result<()> {
+    run(["lvchange", "--quiet", "--addtag", &tag(id), &volume.to_string()]).await.map(drop)
+}
+
+/// Takes that mark away.
+pub async fn disclaim(volume: &Volume, id: &str) -> Result<()> {
+    run(["lvchange", "--quiet", "--deltag", &tag(id), &volume.to_string()]).await.map(drop)
+}
+
+/// What its user tags a volume with that copies of a namespace's VMs may go to.
+#[must_use]
+pub fn target_tag(namespace: &str) -> String {
+    format!("{TAG}-target-{namespace}")
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() == ID_LENGTH && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Marks a replaced volume to be removed with the last snapshot that needs it.
+pub async fn put_away(volume: &Volume) -> Result<()> {
+    run(["lvchange", "--quiet", "--addtag", REPLACED, &volume.to_string()]).await.map(drop)
+}
+
 fn clone_arguments(snapshot: &Volume, made: &Volume, id: &str) -> Vec<String> {
     let fixed = ["lvcreate", "--quiet", "--snapshot", "--permission", "rw", "--setactivationskip", "n"];
     let tags = ["--addtag", TAG, "--addtag", &tag(id)].map(str::to_owned);
@@ -227,13 +310,13 @@ mod tests {
 
     /// As lvm2 2.03.16 prints it.
     const REPORT: &str = r#"{"report": [{"lv": [
-        {"lv_name":"a", "lv_attr":"Vwi-aotz--", "lv_size":"536870912", "lv_metadata_size":"", "origin":"",
+        {"lv_name":"a", "lv_uuid":"uuid-a", "lv_attr":"Vwi-aotz--", "lv_size":"536870912", "lv_metadata_size":"", "origin":"",
          "origin_size":"", "pool_lv":"pool", "segtype":"thin", "data_percent":"6.25", "metadata_percent":"",
          "lv_tags":"", "lv_health_status":"", "vg_free":"3208642560", "vg_extent_size":"4194304"},
-        {"lv_name":"pool", "lv_attr":"twi-aotz--", "lv_size":"1073741824", "lv_metadata_size":"4194304", "origin":"",
+        {"lv_name":"pool", "lv_uuid":"uuid-p", "lv_attr":"twi-aotz--", "lv_size":"1073741824", "lv_metadata_size":"4194304", "origin":"",
          "origin_size":"", "pool_lv":"", "segtype":"thin-pool", "data_percent":"3.12", "metadata_percent":"11.04",
          "lv_tags":"", "lv_health_status":"", "vg_free":"3208642560", "vg_extent_size":"4194304"},
-        {"lv_name":"t-vmsnap-1", "lv_attr":"sri-a-s---", "lv_size":"67108864", "lv_metadata_size":"", "origin":"t",
+        {"lv_name":"t-vmsnap-1", "lv_uuid":"uuid-t", "lv_attr":"sri-a-s---", "lv_size":"67108864", "lv_metadata_size":"", "origin":"t",
          "origin_size":"536870912", "pool_lv":"", "segtype":"linear", "data_percent":"0.01", "metadata_percent":"",
          "lv_tags":"freezeframe,freezeframe-1", "lv_health_status":"", "vg_free":"3208642560",
          "vg_extent_size":"4194304"}]}]}"#;
@@ -262,6 +345,18 @@ mod tests {
         let snapshot = row("t-vmsnap-1");
         assert!(snapshot.is_ours("1"));
         assert!(!snapshot.is_ours("2") && !snapshot.is_ours("") && !row("a").is_ours("1"));
+    }
+
+    #[test]
+    fn a_target_is_tagged_by_its_user_and_claimed_by_one_snapshot() {
+        let mut volume = row("a");
+        assert!(volume.is_plain() && !volume.is_target_of("shop") && !volume.is_claimed());
+        volume.lv_tags = "backup,freezeframe-target-shop".into();
+        assert!(volume.is_target_of("shop") && !volume.is_target_of("sho") && !volume.is_claimed());
+        volume.lv_tags += ",freezeframe-0a1b2c3d4e5f";
+        assert!(volume.is_claimed());
+        assert!(!row("pool").is_plain() && !row("t-vmsnap-1").is_plain());
+        assert!(!Row { lv_attr: "owi-a-s---".into(), ..volume }.is_plain(), "an origin");
     }
 
     #[test]

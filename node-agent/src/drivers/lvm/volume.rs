@@ -130,6 +130,12 @@ impl Volume {
         PathBuf::from(format!("/dev/{}/{}", self.group, self.name))
     }
 
+    /// Whether a path names the volume, and not the device that it is for now.
+    #[must_use]
+    pub fn is_named_by(&self, device: &Path) -> bool {
+        device == self.path() || device == Path::new("/dev/mapper").join(self.device_name())
+    }
+
     fn device_name(&self) -> String {
         format!("{}-{}", self.group.replace('-', "--"), self.name.replace('-', "--"))
     }
@@ -183,6 +189,14 @@ mod tests {
         assert_eq!(Volume::of_device_name("a---b"), Some(volume("a-", "b")), "no name begins with a hyphen");
         for other in ["vg0", "", "-", "vg0-", "vg0-a-real", "vg0-pool-tpool", "vg0-pool_tdata"] {
             assert_eq!(Volume::of_device_name(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_volume_is_named_by_its_names_and_not_by_its_number() {
+        let volume = volume("my-vg", "a");
+        for (path, is) in [("/dev/my-vg/a", true), ("/dev/mapper/my--vg-a", true), ("/dev/dm-3", false)] {
+            assert_eq!(volume.is_named_by(Path::new(path)), is, "{path}");
         }
     }
 
