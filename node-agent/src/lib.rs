@@ -9,6 +9,7 @@ pub mod controller;
 mod crash;
 pub mod drivers;
 pub mod fill;
+pub mod governor;
 pub mod hypervisor;
 pub mod locks;
 pub mod metrics;

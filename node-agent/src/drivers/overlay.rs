@@ -12,7 +12,8 @@
 //! ```
 //!
 //! The snapshot's image is `…vmsnap-ID`. Deleting it merges the layer above it *into* it, since nothing but the
-//! deleted snapshot needed it as it stands ([`merge`]).
+//! deleted snapshot needed it as it stands ([`merge`]). Images in between that no snapshot needs are left out of the chain
+//! where a class wants it short ([`shorten`]).
 
 mod at_rest;
 mod merge;
@@ -20,6 +21,8 @@ mod needs;
 mod offline_merge;
 mod place;
 mod prepare;
+mod runs;
+pub(crate) mod shorten;
 mod state;
 mod unseen;
 

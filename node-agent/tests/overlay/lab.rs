@@ -51,6 +51,8 @@ pub struct Lab {
     pub limits: Limits,
     /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
     start: Vec<(String, usize)>,
+    /// Images of retained snapshots that are beside the chains.
+    pub left_out: usize,
     taken: u32,
     written: u8,
     _stop: watch::Sender<bool>,
@@ -101,6 +103,7 @@ impl Lab {
             sessions,
             limits: Limits::default(),
             start: vec![],
+            left_out: 0,
             taken: 0,
             written: 0,
             _stop: stop,
@@ -275,7 +278,8 @@ impl Lab {
         for disk in &self.disks {
             self.machine.expect(&disk.id, &disk.now).await;
         }
-        let with_snapshots = self.start.iter().map(|(driver, depth)| (driver.clone(), depth + self.snapshots.len()));
+        let with_snapshots =
+            self.start.iter().map(|(driver, depth)| (driver.clone(), depth + self.snapshots.len() - self.left_out));
         assert_eq!(self.shape().await, with_snapshots.collect::<Vec<_>>(), "filters and layers");
         let graph = self.machine.graph().await;
         let mut used = vec![];

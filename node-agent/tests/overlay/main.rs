@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "the helpers of a test fail as the test does")]
 
 mod crashes;
+mod governor;
 mod lab;
 mod machine;
 mod orders;

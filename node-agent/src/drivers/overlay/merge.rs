@@ -157,7 +157,9 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
     if place.at == 0 {
         return finish_active(vm, directory, state, &place).await;
     }
-    refuse_foreign_dependents(directory, state, &place)?;
+    if let Some(kept) = refuse_foreign_dependents(env, directory, state, &place)? {
+        return Ok(kept);
+    }
     if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place, &state.job()).await? {
         return Ok(Removal::Again);
     }
@@ -201,7 +203,12 @@ async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place
 }
 
 /// Somebody else's image on top of the snapshot's file needs it as it stands.
-fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<()> {
+fn refuse_foreign_dependents(
+    env: &Env<'_>,
+    directory: &ImageDirectory,
+    state: &State,
+    place: &Place<'_>,
+) -> Result<Option<Removal>> {
     let Some(above) = place.id(directory, place.at - 1) else {
         // A disk that QEMU named itself, after a merge into it.
         let file = directory.join(&state.layer);
@@ -209,7 +216,7 @@ fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &
             format!("QEMU has the layer above {} by an old name: delete it while the VM is stopped", file.display());
         return Err(DriverError::NotNow(why));
     };
-    refuse_others(directory, &state.layer, state.base, Some(above))
+    refuse_others(env, directory, &state.layer, state.base, Some(above))
 }
 
 /// Holds the base of our own cut by descriptor, where a crash came between the cut and that.
@@ -312,7 +319,9 @@ async fn commit_middle(
     }
     if state.merging.is_none() {
         let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
-        refuse_others(directory, &above_name, above_id, place.id(directory, over))?;
+        if let Some(kept) = refuse_others(env, directory, &above_name, above_id, place.id(directory, over))? {
+            return Ok(kept);
+        }
         state.merging = Some(Merging { above: above_name, above_id, seen: false, done: false });
         state.closing = nodes_of(above);
         return Ok(Removal::Again);

@@ -37,6 +37,11 @@ impl<'a> Place<'a> {
         Ok(None)
     }
 
+    /// The chain from `top` down, for who looks at all of it.
+    pub fn of_chain(graph: &'a BlockGraph, top: &str, files: &NodeFiles) -> Place<'a> {
+        Place { root: top.to_owned(), chain: graph.chain(top), files: files.clone(), at: 0 }
+    }
+
     /// What is known of a node's file.
     pub fn file(&self, at: usize) -> Option<&NodeFile> {
         self.files.of(self.chain.get(at)?)
