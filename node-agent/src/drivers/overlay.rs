@@ -25,6 +25,7 @@ mod runs;
 pub(crate) mod shorten;
 mod state;
 mod unseen;
+mod upwards;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -23,10 +23,11 @@ use super::needs::{dependents, kept_for, refuse_others};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
+use super::upwards::Upwards;
 use super::{DiskTask, at_rest, offline_merge, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
-use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
+use crate::hypervisor::graph::take_back_unused;
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -163,22 +164,12 @@ async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, state: &
     if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place, &state.job()).await? {
         return Ok(Removal::Again);
     }
-    renew_all(env, vm, &place).await?;
+    place.renew(env, vm).await?;
     match (place.may_become_writable(place.at), place.at) {
         (true, 1) => commit_active(env, vm, directory, state, &graph, &place).await,
         (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
         (false, at) => stream_up(env, vm, directory, state, &place, at).await,
     }
-}
-
-/// A merge switches files of the chain to writable: none may be locked by what QEMU did before.
-async fn renew_all(env: &Env<'_>, vm: &Vm, place: &Place<'_>) -> Result<()> {
-    for at in 0..place.chain.len() {
-        let Some(NodeFile::Pinned { id, directory }) = place.file(at) else { continue };
-        let directory = env.roots.directory(directory)?;
-        renew(vm.qmp(), &directory, &name_of(&directory, Some(*id))?).await?;
-    }
-    Ok(())
 }
 
 /// No image of the running VM is this file. If no other image needs it either, it goes.
@@ -356,21 +347,15 @@ async fn stream_up(
         state.closing = nodes_of(place.chain[at]);
         return Ok(Removal::Again);
     }
-    let above = place.chain[at - 1];
-    let device = if at == 1 { place.root.clone() } else { above.name.clone() };
     if at > 1 && !place.may_become_writable(at - 1) {
         let file = directory.join(&state.layer);
         return Err(DriverError::NotNow(format!("{} can only be merged while the VM is stopped", file.display())));
     }
-    // Dismissed by itself: on QEMU 7.2 a finished stream in the list of jobs leads to nodes that are freed already, and
-    // the next look at the block graph would end QEMU.
-    let mut arguments = json!({"job-id": state.job(), "device": device, "auto-dismiss": true});
-    if let Some(below) = place.chain.get(at + 1) {
-        arguments["base-node"] = below.name.clone().into();
-        arguments["backing-file"] = below_name(directory, state)?.into();
-    }
-    start(env, vm, state, "block-stream", arguments).await?;
-    env.pace.wait(vm.qmp(), &state.job(), Wanted::Gone).await?;
+    let base = match place.chain.get(at + 1) {
+        Some(_) => Some((at + 1, below_name(directory, state)?)),
+        None => None,
+    };
+    Upwards { job: &state.job(), place, into: at - 1, base }.copy(env, vm).await?;
     directory.sync_file(&name_of(directory, place.id(directory, at - 1))?)?;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if still_below(&graph, place, at) {

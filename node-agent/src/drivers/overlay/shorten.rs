@@ -11,26 +11,22 @@
 //!
 //! Every image reads the same at every instant, so it may be cut off anywhere and begun anew. The lowest image of a
 //! chain stays what it is: it may be a template of many VMs.
-//!
-//! QEMU writes a header before it writes out the tables of what it copied. So there are two jobs: the first copies, and
-//! is cancelled before its last step, which has its layer made read-only and its tables written; the second finds
-//! nothing to copy and changes the header alone.
 
 use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 
 use freezeframe_qemu::{BlockGraph, Node};
-use serde_json::{Value, json};
 
 use super::at_rest;
 use super::place::{Place, name_of};
-use super::prepare::{cache_options, forget_node, header};
+use super::prepare::{forget_node, header};
 use super::runs::{self, Run, from_below};
-use crate::drivers::jobs::{self, Wanted};
+use super::upwards::Upwards;
+use crate::drivers::jobs;
 use crate::drivers::{DriverError, Env, Result, Sibling, qemu};
 use crate::hypervisor::disks::path_of;
 use crate::hypervisor::filesystem::Room;
-use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, renew, take_back_unused};
+use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, take_back_unused};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -193,39 +189,13 @@ async fn copy_up(env: &Env<'_>, vm: &Vm, chain: &Chain<'_>, run: Run) -> Result<
     let (directory, name) = env.roots.directory_of(&path)?;
     let backing = name_of_base(env, place, run, &directory)?;
     room(place, run, &directory)?;
-    renew_all(env, vm, place).await?;
-    let into = place.chain[run.top()];
-    let mut job = json!({
-        "job-id": JOB,
-        "device": into.name,
-        "base-node": place.chain[run.base()].name,
-        "backing-file": backing,
-        "speed": env.pace.speed,
-        "auto-finalize": false,
-        "auto-dismiss": true,
-    });
     tracing::info!(path = %path.display(), images = run.len(), "a chain that is too deep is shortened");
-    stream(vm, &job).await?;
-    env.pace.wait(vm.qmp(), JOB, Wanted::Pending).await?;
-    make_way(vm).await?;
-    write_out(vm, run, into).await?;
-    crate::crash::point("shortening");
-    renew_all(env, vm, place).await?;
-    job["auto-finalize"] = true.into();
-    // There is nothing left to copy.
-    job["speed"] = 0.into();
-    stream(vm, &job).await?;
-    jobs::wait(vm.qmp(), JOB, Wanted::Gone).await?;
+    Upwards { job: JOB, place, into: run.top(), base: Some((run.base(), backing.clone())) }.copy(env, vm).await?;
     directory.sync_file(&name)?;
-    crate::crash::point("shortened");
     if header(&directory, &name)?.backing.as_deref() != Some(backing.as_str()) {
         return Err(DriverError::Job { job: JOB.into(), why: "QEMU ended it without saying why".into() });
     }
     Ok(())
-}
-
-async fn stream(vm: &Vm, job: &Value) -> Result<()> {
-    vm.qmp().block_stream(job, QMP_TIMEOUT).await.map_err(qemu("start to shorten a chain"))
 }
 
 /// Jobs of others, and merges of ours that were cut off, go first.
@@ -258,36 +228,4 @@ fn room(place: &Place<'_>, run: Run, directory: &ImageDirectory) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// The layer is switched to writable: it must not be locked by what QEMU did before.
-async fn renew_all(env: &Env<'_>, vm: &Vm, place: &Place<'_>) -> Result<()> {
-    for at in 0..place.chain.len() {
-        let Some(NodeFile::Pinned { id, directory }) = place.file(at) else { continue };
-        let directory = env.roots.directory(directory)?;
-        renew(vm.qmp(), &directory, &name_of(&directory, Some(*id))?).await?;
-    }
-    Ok(())
-}
-
-/// Has QEMU write out the tables of what was copied. A layer below the disk's own was made read-only by the job's end,
-/// which does; the disk's own is reopened as it is.
-async fn write_out(vm: &Vm, run: Run, into: &Node) -> Result<()> {
-    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    let now = graph.node(&into.name).ok_or_else(|| DriverError::Verify(format!("node {} is gone", into.name)))?;
-    if run.top() > 0 && now.read_only {
-        return Ok(());
-    }
-    let options = json!({
-        "driver": now.driver,
-        "node-name": now.name,
-        "file": now.file_child,
-        "backing": now.backing,
-        "read-only": run.top() > 0,
-        "cache": cache_options(now),
-        "detect-zeroes": now.detect_zeroes,
-        "discard": "unmap",
-    });
-    let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
-    reopened.map_err(qemu(format!("have the tables of {} written", now.name)))
 }
