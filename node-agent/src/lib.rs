@@ -10,6 +10,7 @@ mod controller;
 mod crash;
 pub mod drivers;
 pub mod fill;
+pub mod governor;
 pub mod hypervisor;
 pub mod locks;
 pub mod metrics;

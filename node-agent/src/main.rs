@@ -10,6 +10,7 @@ use freezeframe_node_agent::args::Args;
 use freezeframe_node_agent::boot::Boots;
 use freezeframe_node_agent::drivers::Drivers;
 use freezeframe_node_agent::fill::FillWatch;
+use freezeframe_node_agent::governor::{Depths, Governor};
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::locks::VmLocks;
 use freezeframe_node_agent::metrics::Metrics;
@@ -41,12 +42,14 @@ async fn main() -> anyhow::Result<()> {
     let client = kube::Client::try_default().await.context("failed to read how to reach the Kubernetes API")?;
     api_reached.open();
     let locks = VmLocks::default();
+    let governor = Governor { sessions: sessions.clone(), locks: locks.clone(), depths: Depths::default() };
     let targets = Targets {
         client: client.clone(),
         node: args.node_name.clone(),
         sessions: sessions.clone(),
         locks: locks.clone(),
         metrics: metrics.clone(),
+        depths: governor.depths.clone(),
     };
     let fills = FillWatch {
         client: client.clone(),
@@ -70,10 +73,12 @@ async fn main() -> anyhow::Result<()> {
     let (node, stop) = (args.node_name.clone(), shutdown.token());
     let restores = tokio::spawn(async move { orders::run(restores, &node, stop).await });
     let fills = tokio::spawn(fills.run(shutdown.token()));
+    let governor = tokio::spawn(governor.run(shutdown.token()));
     orders::run(Context { client, work: sessions, locks, metrics }, &args.node_name, shutdown.token()).await;
     restores.await.context("restoring ended badly")?;
     targets.await.context("publishing targets ended badly")?;
     fills.await.context("watching snapshots ended badly")?;
+    governor.await.context("shortening chains ended badly")?;
     admin.await.context("the admin server ended badly")??;
     tracing::info!("agent ends");
     Ok(())

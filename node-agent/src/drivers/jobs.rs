@@ -18,6 +18,8 @@ const POLL: Duration = Duration::from_millis(20);
 pub enum Wanted {
     /// The job can be completed at any time.
     Ready,
+    /// The job has done all of its work but for the last step, which it was told to wait with.
+    Pending,
     /// The job is over, and in the list until it is dismissed.
     Concluded,
     /// The job is over, and was dismissed by itself; how it ended is for the caller to find out.
@@ -49,6 +51,7 @@ pub async fn wait(qmp: &Qmp, id: &str, wanted: Wanted) -> Result<()> {
         };
         match job.status.as_str() {
             "concluded" => return conclude(qmp, &job).await,
+            "pending" if wanted == Wanted::Pending => return Ok(()),
             "ready" if wanted == Wanted::Ready => return Ok(()),
             _ => {}
         }

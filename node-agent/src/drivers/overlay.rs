@@ -12,7 +12,8 @@
 //! ```
 //!
 //! The snapshot's image is `…vmsnap-ID`. Deleting it merges the layer above it *into* it, since nothing but the
-//! deleted snapshot needed it as it stands ([`merge`]).
+//! deleted snapshot needed it as it stands ([`merge`]). Images in between that no snapshot needs are left out of the chain
+//! where a class wants it short ([`shorten`]).
 
 mod at_rest;
 pub mod follow;
@@ -23,8 +24,11 @@ mod offline_merge;
 mod parameters;
 mod place;
 mod prepare;
+mod runs;
+pub(crate) mod shorten;
 mod state;
 mod unseen;
+mod upwards;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -29,6 +29,7 @@ mod measured;
 pub mod order;
 pub mod outcome;
 mod removal;
+pub mod shortening;
 mod space;
 mod still_cut;
 pub mod window;
@@ -154,6 +155,9 @@ impl Sessions {
         progress: &dyn Progress,
     ) -> Result<(), Failure> {
         let order = record.order.clone();
+        if let Machine::Own(vm) = &*machine {
+            shortening::make_way(vm).await?;
+        }
         let accepted = accept::accept(self, &order, machine).await?;
         record.tasks = accepted.tasks;
         for task in &mut record.tasks {

@@ -16,6 +16,7 @@ use futures::future::join_all;
 use kube::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::governor::Depths;
 use crate::hypervisor::VmKey;
 use crate::locks::VmLocks;
 use crate::metrics::Metrics;
@@ -44,6 +45,8 @@ pub struct Targets {
     pub locks: VmLocks,
     /// What is counted.
     pub metrics: Metrics,
+    /// Which chains are too deep.
+    pub depths: Depths,
 }
 
 impl Targets {
@@ -118,6 +121,7 @@ impl Targets {
         let _turn = self.locks.try_turn(vm)?;
         let mut status = probe(&self.sessions, vm, &self.node, files, before).await;
         self.metrics.set_chains(vm, &status.disks);
+        self.depths.report(vm, &mut status);
         steady::keep(before, &mut status);
         let news = before != Some(&status) && publisher.publish(vm, &status).await;
         if news || before == Some(&status) {

@@ -53,6 +53,8 @@ pub struct Lab {
     pub parameters: BTreeMap<String, String>,
     /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
     start: Vec<(String, usize)>,
+    /// Images of retained snapshots that are beside the chains.
+    pub left_out: usize,
     taken: u32,
     written: u8,
     _stop: watch::Sender<bool>,
@@ -104,6 +106,7 @@ impl Lab {
             limits: Limits::default(),
             parameters: BTreeMap::new(),
             start: vec![],
+            left_out: 0,
             taken: 0,
             written: 0,
             _stop: stop,
@@ -280,7 +283,7 @@ impl Lab {
         }
         let with_snapshots = self.start.iter().map(|(driver, depth)| {
             let layered = !self.snapshots.is_empty() && ["raw", "qed"].contains(&driver.as_str());
-            (if layered { "qcow2".to_owned() } else { driver.clone() }, depth + self.snapshots.len())
+            (if layered { "qcow2".to_owned() } else { driver.clone() }, depth + self.snapshots.len() - self.left_out)
         });
         assert_eq!(self.shape().await, with_snapshots.collect::<Vec<_>>(), "filters and layers");
         let graph = self.machine.graph().await;

@@ -5,6 +5,7 @@
 
 mod crashes;
 mod follow;
+mod governor;
 mod lab;
 mod machine;
 mod orders;

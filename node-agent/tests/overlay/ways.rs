@@ -86,3 +86,13 @@ async fn a_merge_in_the_middle_of_a_chain_makes_way_for_a_snapshot() {
 async fn a_merge_upwards_makes_way_for_a_snapshot() {
     Box::pin(makes_way(Shape::Legacy, 2)).await;
 }
+
+/// QEMU rewrites a header before it writes the tables of what it copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_copied_upwards_is_on_disk_before_its_source_goes() {
+    let mut lab = lab(Shape::Legacy, 1).await;
+    let taken = lab.take().await;
+    lab.delete(taken).await;
+    lab.restart().await;
+    lab.check().await;
+}

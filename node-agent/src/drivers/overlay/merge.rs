@@ -25,10 +25,11 @@ use super::needs::{dependents, kept_for, refuse_others};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
+use super::upwards::Upwards;
 use super::{DiskTask, at_rest, follow_merge, offline_merge, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
-use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
+use crate::hypervisor::graph::take_back_unused;
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -165,14 +166,16 @@ pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, stat
     if place.at == 0 {
         return finish_active(vm, directory, state, &place).await;
     }
-    refuse_foreign_dependents(directory, state, &place)?;
+    if let Some(kept) = refuse_foreign_dependents(env, directory, state, &place)? {
+        return Ok(kept);
+    }
     if pin_if_stale(env, vm, &place, state).await? || at_rest::restore(vm, &place, &state.job()).await? {
         return Ok(Removal::Again);
     }
     if state.keeps_name() && follow_merge::begin(directory, state, &place)? {
         return Ok(Removal::Again);
     }
-    renew_all(env, vm, &place).await?;
+    place.renew(env, vm).await?;
     match (place.may_become_writable(place.at), place.at) {
         (true, 1) => commit_active(env, vm, directory, state, &graph, &place).await,
         (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
@@ -180,16 +183,6 @@ pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, stat
         (false, _) if state.keeps_name() => Err(follow_merge::only_stopped(directory, state)),
         (false, at) => stream_up(env, vm, directory, state, &place, at).await,
     }
-}
-
-/// A merge switches files of the chain to writable: none may be locked by what QEMU did before.
-async fn renew_all(env: &Env<'_>, vm: &Vm, place: &Place<'_>) -> Result<()> {
-    for at in 0..place.chain.len() {
-        let Some(NodeFile::Pinned { id, directory }) = place.file(at) else { continue };
-        let directory = env.roots.directory(directory)?;
-        renew(vm.qmp(), &directory, &name_of(&directory, Some(*id))?).await?;
-    }
-    Ok(())
 }
 
 /// No image of the running VM is this file. If no other image needs it either, it goes.
@@ -219,7 +212,12 @@ async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place
 }
 
 /// Somebody else's image on top of the snapshot's file needs it as it stands.
-fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<()> {
+fn refuse_foreign_dependents(
+    env: &Env<'_>,
+    directory: &ImageDirectory,
+    state: &State,
+    place: &Place<'_>,
+) -> Result<Option<Removal>> {
     let Some(above) = place.id(directory, place.at - 1) else {
         // A disk that QEMU named itself, after a merge into it.
         let file = directory.join(&state.layer);
@@ -227,7 +225,7 @@ fn refuse_foreign_dependents(directory: &ImageDirectory, state: &State, place: &
             format!("QEMU has the layer above {} by an old name: delete it while the VM is stopped", file.display());
         return Err(DriverError::NotNow(why));
     };
-    refuse_others(directory, &state.layer, state.base, Some(above))
+    refuse_others(env, directory, &state.layer, state.base, Some(above))
 }
 
 /// Holds the base of our own cut by descriptor, where a crash came between the cut and that.
@@ -333,7 +331,9 @@ async fn commit_middle(
     }
     if state.merging.is_none() {
         let above_id = above_id.ok_or_else(|| DriverError::NotNow("the layer above isn't a file".into()))?;
-        refuse_others(directory, &above_name, above_id, place.id(directory, over))?;
+        if let Some(kept) = refuse_others(env, directory, &above_name, above_id, place.id(directory, over))? {
+            return Ok(kept);
+        }
         state.merging = Some(Merging { above: above_name, above_id, seen: false, done: false });
         state.closing = nodes_of(above);
         return Ok(Removal::Again);
@@ -368,21 +368,15 @@ async fn stream_up(
         state.closing = nodes_of(place.chain[at]);
         return Ok(Removal::Again);
     }
-    let above = place.chain[at - 1];
-    let device = if at == 1 { place.root.clone() } else { above.name.clone() };
     if at > 1 && !place.may_become_writable(at - 1) {
         let file = directory.join(&state.layer);
         return Err(DriverError::NotNow(format!("{} can only be merged while the VM is stopped", file.display())));
     }
-    // Dismissed by itself: on QEMU 7.2 a finished stream in the list of jobs leads to nodes that are freed already, and
-    // the next look at the block graph would end QEMU.
-    let mut arguments = json!({"job-id": state.job(), "device": device, "auto-dismiss": true});
-    if let Some(below) = place.chain.get(at + 1) {
-        arguments["base-node"] = below.name.clone().into();
-        arguments["backing-file"] = below_name(directory, state)?.into();
-    }
-    start(env, vm, state, "block-stream", arguments).await?;
-    env.pace.wait(vm.qmp(), &state.job(), Wanted::Gone).await?;
+    let base = match place.chain.get(at + 1) {
+        Some(_) => Some((at + 1, below_name(directory, state)?)),
+        None => None,
+    };
+    Upwards { job: &state.job(), place, into: at - 1, base }.copy(env, vm).await?;
     directory.sync_file(&name_of(directory, place.id(directory, at - 1))?)?;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if still_below(&graph, place, at) {

@@ -7,15 +7,26 @@ use crate::drivers::{DriverError, Env, Removal, Result};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::qcow2::HeaderError;
 
-/// No image but `user` backs onto the file: it may be written to, and get another name.
-pub fn refuse_others(directory: &ImageDirectory, name: &str, file: FileId, user: Option<FileId>) -> Result<()> {
+/// Nothing, if no image but `user` backs onto the file: it may be written to, and get another name. It is kept where a
+/// kept file does.
+pub fn refuse_others(
+    env: &Env<'_>,
+    directory: &ImageDirectory,
+    name: &str,
+    file: FileId,
+    user: Option<FileId>,
+) -> Result<Option<Removal>> {
     for other in dependents(directory, file)? {
         if user.is_none() || directory.id(&other)? != user {
+            // A chain that was shortened left it behind.
+            if let Some(kept) = kept_for(env, directory, &other) {
+                return Ok(Some(kept));
+            }
             let path = directory.join(name);
             return Err(DriverError::NotNow(format!("{other} was made on top of {} and needs it", path.display())));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// A kept file of a snapshot that is gone must not move: nobody would learn of it.

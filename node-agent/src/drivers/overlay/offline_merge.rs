@@ -32,7 +32,13 @@ pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State)
             directory.unlink(&state.layer)?;
             Ok(Removal::Done)
         }
-        Some(at) if at > 0 && users == [chain[at - 1].clone()] => merge_above(env, directory, state, &chain, at).await,
+        Some(at) if at > 0 && users.contains(&chain[at - 1]) => {
+            let above = directory.id(&chain[at - 1])?;
+            match refuse_others(env, directory, &state.layer, state.base, above)? {
+                Some(kept) => Ok(kept),
+                None => merge_above(env, directory, state, &chain, at).await,
+            }
+        }
         _ => Err(DriverError::NotNow(format!(
             "{} is needed by {}",
             directory.join(&state.layer).display(),
@@ -77,7 +83,9 @@ async fn merge_above(
         if state.merging.is_none() {
             let above_id = directory.id(above)?;
             let above_id = above_id.ok_or_else(|| DriverError::NotNow(format!("{above} is gone")))?;
-            refuse_others(directory, above, above_id, directory.id(&chain[at - 2])?)?;
+            if let Some(kept) = refuse_others(env, directory, above, above_id, directory.id(&chain[at - 2])?)? {
+                return Ok(kept);
+            }
             state.merging = Some(Merging { above: above.clone(), above_id, seen: false, done: false });
             return Ok(Removal::Again);
         }

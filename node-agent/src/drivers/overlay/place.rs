@@ -1,12 +1,12 @@
 //! Where a snapshot's file is in a running VM.
 
-use freezeframe_qemu::{BlockGraph, Node};
+use freezeframe_qemu::{BlockGraph, Disk, Node};
 
 use super::prepare::header;
 use super::state::State;
 use crate::drivers::{DriverError, Env, Result, qemu};
 use crate::hypervisor::Vm;
-use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files};
+use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, renew};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 
 /// The chain of the disk that holds the snapshot's file, top first, and where in it the file is.
@@ -37,6 +37,23 @@ impl<'a> Place<'a> {
             }
         }
         Ok(None)
+    }
+
+    /// The chain of a disk from its image `top` down, for who looks at all of it.
+    pub fn of_chain(graph: &'a BlockGraph, disk: &Disk, top: &str, files: &NodeFiles) -> Place<'a> {
+        let legacy = !disk.device.is_empty();
+        Place { root: top.to_owned(), chain: graph.chain(top), files: files.clone(), at: 0, legacy }
+    }
+
+    /// Gives QEMU fresh descriptors for all layers that it holds so: a job switches some to writable, and none may be locked
+    /// by what QEMU did before.
+    pub async fn renew(&self, env: &Env<'_>, vm: &Vm) -> Result<()> {
+        for at in 0..self.chain.len() {
+            let Some(NodeFile::Pinned { id, directory }) = self.file(at) else { continue };
+            let directory = env.roots.directory(directory)?;
+            renew(vm.qmp(), &directory, &name_of(&directory, Some(*id))?).await?;
+        }
+        Ok(())
     }
 
     /// What is known of a node's file.
