@@ -24,6 +24,7 @@ mod parameters;
 mod place;
 mod prepare;
 mod state;
+mod streamed;
 mod unseen;
 
 use std::collections::BTreeMap;

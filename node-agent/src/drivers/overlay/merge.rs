@@ -25,7 +25,7 @@ use super::needs::{dependents, kept_for, refuse_others};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
-use super::{DiskTask, at_rest, follow_merge, offline_merge, unseen};
+use super::{DiskTask, at_rest, follow_merge, offline_merge, streamed, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::{NodeFile, renew, take_back_unused};
@@ -199,6 +199,7 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
         let file = directory.join(&state.layer);
         return Err(DriverError::NotNow(format!("{} needs {}, which its VM doesn't have open", name, file.display())));
     }
+    streamed::sync(directory, state)?;
     if !state.keeps_name() {
         directory.unlink(&state.layer)?;
     }
@@ -364,8 +365,10 @@ async fn stream_up(
     place: &Place<'_>,
     at: usize,
 ) -> Result<Removal> {
-    if state.closing.is_empty() {
+    let streamed_into = place.id(directory, at - 1);
+    if state.closing.is_empty() || state.streamed_into != streamed_into {
         state.closing = nodes_of(place.chain[at]);
+        state.streamed_into = streamed_into;
         return Ok(Removal::Again);
     }
     let above = place.chain[at - 1];
@@ -376,14 +379,18 @@ async fn stream_up(
     }
     // Dismissed by itself: on QEMU 7.2 a finished stream in the list of jobs leads to nodes that are freed already, and
     // the next look at the block graph would end QEMU.
-    let mut arguments = json!({"job-id": state.job(), "device": device, "auto-dismiss": true});
+    let mut arguments =
+        json!({"job-id": state.job(), "device": device, "auto-dismiss": true, "auto-finalize": at != 1});
     if let Some(below) = place.chain.get(at + 1) {
         arguments["base-node"] = below.name.clone().into();
         arguments["backing-file"] = below_name(directory, state)?.into();
     }
     start(env, vm, state, "block-stream", arguments).await?;
+    if at == 1 {
+        streamed::finish(env, vm, directory, state, above).await?;
+    }
     env.pace.wait(vm.qmp(), &state.job(), Wanted::Gone).await?;
-    directory.sync_file(&name_of(directory, place.id(directory, at - 1))?)?;
+    streamed::sync(directory, state)?;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if still_below(&graph, place, at) {
         let why = "QEMU ended it without saying why".to_owned();
