@@ -18,7 +18,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub enum Wanted {
     /// The job can be completed at any time.
     Ready,
-    /// The job has done all of its work but for the last step, which it was told to wait with.
+    /// The job has done its work, and waits to be told to change the graph and the headers.
     Pending,
     /// The job is over, and in the list until it is dismissed.
     Concluded,
@@ -51,8 +51,8 @@ pub async fn wait(qmp: &Qmp, id: &str, wanted: Wanted) -> Result<()> {
         };
         match job.status.as_str() {
             "concluded" => return conclude(qmp, &job).await,
-            "pending" if wanted == Wanted::Pending => return Ok(()),
             "ready" if wanted == Wanted::Ready => return Ok(()),
+            "pending" if wanted == Wanted::Pending => return Ok(()),
             _ => {}
         }
         if job.current_progress != progress {

@@ -25,22 +25,32 @@ pub async fn restore(vm: &Vm, place: &Place<'_>, own_job: &str) -> Result<bool> 
         return Ok(false);
     }
     for node in left() {
-        let options = with_backing(
-            node,
-            json!({
-                "driver": node.driver,
-                "node-name": node.name,
-                "file": node.file_child,
-                "read-only": true,
-                "cache": cache_options(node),
-                "detect-zeroes": node.detect_zeroes,
-                "discard": "unmap",
-            }),
-        );
-        let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
-        reopened.map_err(qemu(format!("make {} read-only again", node.name)))?;
+        reopen(vm, node, true).await?;
     }
     Ok(true)
+}
+
+/// Writes out what a writable node of ours has in memory, its tables among it, and says whether that worked: alone of
+/// QEMU's ways to flush, reopening does, and also while a job has the node. Nothing about the node changes.
+pub async fn flush(vm: &Vm, node: &Node) -> Result<()> {
+    reopen(vm, node, false).await
+}
+
+async fn reopen(vm: &Vm, node: &Node, read_only: bool) -> Result<()> {
+    let options = with_backing(
+        node,
+        json!({
+            "driver": node.driver,
+            "node-name": node.name,
+            "file": node.file_child,
+            "read-only": read_only,
+            "cache": cache_options(node),
+            "detect-zeroes": node.detect_zeroes,
+            "discard": "unmap",
+        }),
+    );
+    let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
+    reopened.map_err(qemu(format!("have {} written out", node.name)))
 }
 
 /// Whether QEMU lets a node's options be changed. A merge into one where it doesn't makes way for nobody.

@@ -190,7 +190,8 @@ async fn copy_up(env: &Env<'_>, vm: &Vm, chain: &Chain<'_>, run: Run) -> Result<
     let backing = name_of_base(env, place, run, &directory)?;
     room(place, run, &directory)?;
     tracing::info!(path = %path.display(), images = run.len(), "a chain that is too deep is shortened");
-    Upwards { job: JOB, place, into: run.top(), base: Some((run.base(), backing.clone())) }.copy(env, vm).await?;
+    let base = Some((run.base(), backing.clone()));
+    Upwards { job: JOB, place, into: run.top(), base, directory: &directory }.copy(env, vm).await?;
     directory.sync_file(&name)?;
     if header(&directory, &name)?.backing.as_deref() != Some(backing.as_str()) {
         return Err(DriverError::Job { job: JOB.into(), why: "QEMU ended it without saying why".into() });
