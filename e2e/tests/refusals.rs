@@ -13,8 +13,9 @@ use freezeframe_e2e::snapshots::{files, has_ended, images, phase};
 use freezeframe_e2e::{
     Agent, DiskSpec, Filesystem, Format, World, WorldConfig, await_condition, await_object, run, witness,
 };
+use k8s_openapi::api::events::v1::Event;
 use kube::Api;
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -293,6 +294,7 @@ async fn a_full_disk_is_found_before_the_window_and_does_no_harm() -> Result<()>
     let filler = image_disk.fill_up(2)?;
     let message = failed(&world, "no-layer", json!({"vmName": "db-2"}), reasons::NO_SPACE).await?;
     assert!(message.contains("db-2"), "{message}");
+    await_event(&world, "db-2", "SpaceLow").await?;
     std::fs::remove_file(filler)?;
     assert_eq!(files(&image_disk.0)?, ["vda.qcow2", "vdb.qcow2"]);
     guest.await_records(20, SOON).await?;
@@ -300,6 +302,23 @@ async fn a_full_disk_is_found_before_the_window_and_does_no_harm() -> Result<()>
     world.guest()?.await_records(20, SOON).await?;
     drop(guest);
     Ok(())
+}
+
+/// Waits for a warning about a target, which `kubectl describe` shows.
+async fn await_event(world: &World, vm: &str, reason: &str) -> Result<()> {
+    let events: Api<Event> = Api::namespaced(world.client.clone(), &world.namespace);
+    let about = |event: &Event| {
+        let regarding = event.regarding.as_ref();
+        let is_target = regarding.is_some_and(|object| {
+            object.kind.as_deref() == Some("VMTarget") && object.name.as_deref() == Some(vm) && object.uid.is_some()
+        });
+        is_target && event.reason.as_deref() == Some(reason) && event.type_.as_deref() == Some("Warning")
+    };
+    let seen = await_condition(&format!("the event {reason}"), SOON, async || {
+        Ok(events.list(&ListParams::default()).await?.items.iter().any(about).then_some(()))
+    })
+    .await;
+    seen.map_err(|error| world.with_logs(error))
 }
 
 /// Waits until a target's run state, `None` while there is no target, is as it should be.

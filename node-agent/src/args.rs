@@ -26,6 +26,9 @@ pub struct Args {
     /// How often it is looked how full snapshots are that can overflow, in seconds.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub fill_interval: u64,
+    /// Below how many percent of free space a file system that disks of VMs grow on is low on space.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=99))]
+    pub space_low_percent: u64,
     /// Socket of this node's guard.
     #[arg(long, default_value = "/run/freezeframe/guard.sock")]
     pub guard_socket: PathBuf,

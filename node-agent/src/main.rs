@@ -19,6 +19,7 @@ use freezeframe_node_agent::restore::Restores;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::targets::Targets;
 use freezeframe_runtime::admin::AdminServer;
 use freezeframe_runtime::readiness::Readiness;
@@ -95,6 +96,7 @@ fn sessions(args: &Args) -> anyhow::Result<Sessions> {
         journal: Journal::open(args.state_dir.join("contents"))?,
         drivers: Drivers::default(),
         stopped: StoppedVms::awaiting_targets(),
+        space: SpaceWatch::new(args.space_low_percent),
         boots: Arc::new(Boots::new(args.boot_memory, timeout, args.boots_at_once, args.boot_accelerator)),
     })
 }

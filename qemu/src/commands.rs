@@ -101,13 +101,18 @@ struct Counters {
     rd_total_time_ns: u64,
     wr_operations: u64,
     wr_total_time_ns: u64,
+    wr_bytes: u64,
     flush_operations: u64,
     flush_total_time_ns: u64,
 }
 
 impl DeviceStats {
+    fn name(&self) -> String {
+        if self.qdev.is_empty() { self.device.clone() } else { self.qdev.clone() }
+    }
+
     fn counted(self) -> Option<(String, [(u64, u64); 3])> {
-        let name = if self.qdev.is_empty() { self.device } else { self.qdev };
+        let name = self.name();
         let Counters { rd_operations, wr_operations, flush_operations, .. } = self.stats;
         let counters = [
             (rd_operations, self.stats.rd_total_time_ns),
@@ -238,6 +243,12 @@ impl Qmp {
     pub async fn query_blockstats(&self, timeout: Duration) -> Result<BlockStats> {
         let devices: Vec<DeviceStats> = self.execute("query-blockstats", (), timeout).await?;
         Ok(devices.into_iter().filter_map(DeviceStats::counted).collect())
+    }
+
+    /// What was written to each device since QEMU started, in bytes; by name as in [`Self::query_blockstats`].
+    pub async fn query_written_bytes(&self, timeout: Duration) -> Result<HashMap<String, u64>> {
+        let devices: Vec<DeviceStats> = self.execute("query-blockstats", (), timeout).await?;
+        Ok(devices.into_iter().map(|device| (device.name(), device.stats.wr_bytes)).collect())
     }
 
     /// All jobs, also those of others.

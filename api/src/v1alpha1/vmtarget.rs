@@ -79,8 +79,8 @@ pub struct TargetDisk {
     /// eighth or 64 MiB, so that not every write is news. 0 without a backing image.
     #[serde(default)]
     pub overlay_bytes: i64,
-    /// What the guest wrote a second on average over the last minutes, in bytes, rounded up to a power of two; 0 for less
-    /// than 4 KiB. Absent until it was measured, and while the VM doesn't run.
+    /// What the guest wrote a second on average over the last minutes, in bytes, rounded up to a power of two and to
+    /// within another factor of two, so that not every write is news; 0 for less than 4 KiB. Absent until it was measured, and while the VM doesn't run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub write_bytes_per_second: Option<i64>,
     /// What can take it, best first.

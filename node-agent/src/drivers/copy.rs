@@ -260,6 +260,10 @@ impl SnapshotDriver for Copy {
         Some(Need { bytes: target::needed(state.format, task.size), directory: state.root })
     }
 
+    fn grows_with_writes(&self) -> bool {
+        false
+    }
+
     fn takes_targets(&self) -> bool {
         true
     }

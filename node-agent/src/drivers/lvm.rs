@@ -134,6 +134,10 @@ impl SnapshotDriver for Lvm {
         None
     }
 
+    fn area(&self, task: &DiskTask) -> Option<u64> {
+        task.state::<State>().ok()?.needs.map(|needs| needs.bytes)
+    }
+
     async fn fill(&self, task: &DiskTask) -> Result<Option<Fill>> {
         fill(task).await
     }

@@ -321,6 +321,16 @@ pub trait SnapshotDriver: Send + Sync {
         Some(Need { directory: task.path.as_ref()?.parent()?.to_owned(), bytes: 0 })
     }
 
+    /// Whether what the guest writes after the cut takes space on the file system that [`Self::needs`] names.
+    fn grows_with_writes(&self) -> bool {
+        true
+    }
+
+    /// How many bytes a prepared disk's guest may overwrite before its snapshot overflows; none where it can't.
+    fn area(&self, _task: &DiskTask) -> Option<u64> {
+        None
+    }
+
     /// How full the space of a complete snapshot is, where it can overflow.
     async fn fill(&self, _task: &DiskTask) -> Result<Option<Fill>> {
         Ok(None)

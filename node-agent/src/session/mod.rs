@@ -31,6 +31,7 @@ pub mod outcome;
 mod removal;
 pub mod shortening;
 mod space;
+pub mod space_watch;
 mod still_cut;
 pub mod window;
 mod window_error;
@@ -55,6 +56,7 @@ use journal::{Journal, JournalError, SessionRecord, Stage};
 use machine::{Machine, StoppedVms};
 use order::Order;
 use outcome::Failure;
+use space_watch::SpaceWatch;
 use window::{Freeze, Measured, Plan};
 
 /// What sessions of this node share.
@@ -71,6 +73,8 @@ pub struct Sessions {
     pub drivers: Drivers,
     /// VMs that don't run.
     pub stopped: StoppedVms,
+    /// How fast guests write, and what counts as little space.
+    pub space: SpaceWatch,
     /// What tries whether disks boot.
     pub boots: Arc<Boots>,
 }
@@ -163,7 +167,7 @@ impl Sessions {
         for task in &mut record.tasks {
             self.driver(task)?.plan(task, &accepted.graph, &self.roots)?;
         }
-        space::check(record, &self.drivers)?;
+        space::check(record, &self.drivers, &self.space)?;
         self.journal.save(record)?;
         crash::point("planned");
         for at in 0..record.tasks.len() {
@@ -172,6 +176,7 @@ impl Sessions {
             self.journal.save(record)?;
             prepared?;
         }
+        space::check_areas(record, &self.drivers, &self.space)?;
         crash::point("prepared");
         let freeze = accept::freeze(machine.vm_mut(), &order).await?;
         flush::flush(machine.vm_mut(), &record.tasks, freeze.is_some()).await;

@@ -1,8 +1,10 @@
 //! The VMs of this node: found, probed, and published as `VMTarget`s.
 
+mod events;
 mod host;
 mod probe;
 mod publish;
+mod rates;
 mod space;
 mod steady;
 mod stopped;
@@ -22,6 +24,7 @@ use crate::locks::VmLocks;
 use crate::metrics::Metrics;
 use crate::session::Sessions;
 use crate::session::outcome::chain;
+use events::Events;
 pub use probe::probe;
 use publish::Publisher;
 pub use stopped::Files;
@@ -57,6 +60,7 @@ impl Targets {
 
     async fn scan_for_ever(&self) {
         let publisher = Publisher::new(self.client.clone(), self.node.clone());
+        let events = Events::new(self.client.clone(), &self.node);
         let files = Files::default();
         let mut known = HashMap::new();
         let mut next_comparison = Instant::now();
@@ -71,7 +75,7 @@ impl Targets {
                 self.remember(&known);
                 next_comparison = Instant::now() + COMPARISON;
             }
-            self.scan(&publisher, &files, &mut known).await;
+            self.scan(&publisher, &events, &files, &mut known).await;
             self.remember(&known);
         }
     }
@@ -82,7 +86,13 @@ impl Targets {
         self.sessions.stopped.set_seen(disks.collect());
     }
 
-    async fn scan(&self, publisher: &Publisher, files: &Files, known: &mut HashMap<VmKey, VMTargetStatus>) {
+    async fn scan(
+        &self,
+        publisher: &Publisher,
+        events: &Events,
+        files: &Files,
+        known: &mut HashMap<VmKey, VMTargetStatus>,
+    ) {
         let root = &self.sessions.vm_root;
         let mut found = match host::find(root) {
             Ok(found) => found,
@@ -97,7 +107,7 @@ impl Targets {
         for some in found.chunks(PROBES) {
             let mut probes = vec![];
             for vm in some {
-                probes.push(self.publish(vm, publisher, files, known.get(vm)));
+                probes.push(self.publish(vm, publisher, events, files, known.get(vm)));
             }
             known.extend(join_all(probes).await.into_iter().flatten());
         }
@@ -115,6 +125,7 @@ impl Targets {
         &self,
         vm: &VmKey,
         publisher: &Publisher,
+        events: &Events,
         files: &Files,
         before: Option<&VMTargetStatus>,
     ) -> Option<(VmKey, VMTargetStatus)> {
@@ -126,6 +137,12 @@ impl Targets {
         let news = before != Some(&status) && publisher.publish(vm, &status).await;
         if news || before == Some(&status) {
             publisher.label(vm, stopped::labels(&self.sessions, vm)).await;
+        }
+        if news && events::is_news(before, &status) {
+            // A target that was deleted in the meantime has no news.
+            if let Some(target) = publisher.reference(vm).await {
+                events.publish(before, &status, &target).await;
+            }
         }
         news.then(|| (vm.clone(), status))
     }

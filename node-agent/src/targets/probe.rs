@@ -7,8 +7,8 @@ use freezeframe_api::names::{DiskName, DriverName, NodeName};
 use freezeframe_api::v1alpha1::{AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
-use super::space;
 use super::stopped::Files;
+use super::{rates, space};
 use crate::drivers::{Drivers, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
@@ -31,10 +31,12 @@ pub async fn probe(
     status.message = None;
     let mut exhausted = vec![];
     match Vm::open(&sessions.vm_root, vm).await {
-        Ok(mut opened) => exhausted = look(&mut opened, sessions, &mut status).await,
+        Ok(mut opened) => exhausted = look(&mut opened, vm, sessions, &mut status).await,
         Err(OpenError::NotRunning(_)) => {
+            sessions.space.forget(vm);
             files.look(sessions, vm, &mut status).await;
             status.guest_agent.state = AgentState::Absent;
+            status.disks.iter_mut().for_each(|disk| disk.write_bytes_per_second = None);
         }
         Err(error) => {
             status.run_state = RunState::Unknown;
@@ -51,7 +53,7 @@ pub async fn probe(
 }
 
 /// Looks at a running VM; returns the disks that QEMU has no space left for.
-async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) -> Vec<String> {
+async fn look(vm: &mut Vm, key: &VmKey, sessions: &Sessions, status: &mut VMTargetStatus) -> Vec<String> {
     let mut exhausted = vec![];
     status.qemu_version = Some(vm.qmp().version().to_owned());
     match vm.run_state().await {
@@ -68,7 +70,9 @@ async fn look(vm: &mut Vm, sessions: &Sessions, status: &mut VMTargetStatus) -> 
     match disks(vm, &sessions.roots).await {
         Ok(found) => {
             status.disks = found.found.iter().map(|disk| target_disk(disk, &sessions.drivers)).collect();
-            space::report(status, &space::low(&found.found));
+            rates::measure(vm, key, &found.graph, &sessions.space).await;
+            rates::tell(key, &sessions.space, &mut status.disks);
+            space::report(status, &space::low(&found.found, sessions.space.low_percent));
             exhausted = space::exhausted(&found.graph);
         }
         Err(error) => status.message = Some(format!("the disks can't be read: {}", chain(&error))),

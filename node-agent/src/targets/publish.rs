@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use freezeframe_api::AGENT_MANAGER;
 use freezeframe_api::names::NodeName;
 use freezeframe_api::v1alpha1::{VMTarget, VMTargetStatus};
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::json;
@@ -77,6 +78,13 @@ impl Publisher {
 
     fn labels(&self) -> MutexGuard<'_, HashMap<VmKey, BTreeMap<String, String>>> {
         self.labels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an event of a VM's target is about; none if the target can't be read.
+    pub async fn reference(&self, vm: &VmKey) -> Option<ObjectReference> {
+        let targets: Api<VMTarget> = Api::namespaced(self.client.clone(), &vm.namespace);
+        let found = call(&format!("VMTarget {vm}"), targets.get_opt(&vm.name)).await;
+        found.ok().flatten().map(|target| target.object_ref(&()))
     }
 
     /// Deletes a VM's target; false if it must be tried again.

@@ -11,26 +11,23 @@ use crate::drivers::Writers;
 use crate::hypervisor::disks::FoundDisk;
 use crate::hypervisor::filesystem::Room;
 
-/// Below so many percent of free space a file system's space is low.
-const LOW: u64 = 10;
-
-/// The file systems of a VM's disks that are nearly full, in words. In whole percents, so that not every write of a
+/// The file systems of a VM's disks that have less than `percent` free, in words. In whole percents, so that not every write of a
 /// guest is news.
 #[must_use]
-pub fn low(disks: &[FoundDisk]) -> Vec<String> {
+pub fn low(disks: &[FoundDisk], percent: u64) -> Vec<String> {
     let writable = disks.iter().filter(|disk| disk.facts.writers != Writers::Nobody);
     let said = writable.filter_map(|disk| {
         let directory = disk.facts.path.as_ref().ok()?.parent()?;
-        Some(format!("disk {}: {}", disk.name, nearly_full(directory, &Room::of(directory)?)?))
+        Some(format!("disk {}: {}", disk.name, nearly_full(directory, &Room::of(directory)?, percent)?))
     });
     said.collect()
 }
 
-fn nearly_full(directory: &Path, room: &Room) -> Option<String> {
+fn nearly_full(directory: &Path, room: &Room, low: u64) -> Option<String> {
     let percent = room.free_percent();
     let gib = room.total >> 30;
     let directory = directory.display();
-    (percent < LOW).then(|| format!("{percent} % of the {gib} GiB of the file system of {directory} are free"))
+    (percent < low).then(|| format!("{percent} % of the {gib} GiB of the file system of {directory} are free"))
 }
 
 /// The disks for which QEMU found no space left, so that it stopped the VM.
@@ -56,7 +53,7 @@ mod tests {
 
     #[test]
     fn a_file_system_is_low_from_the_watermark_down_and_the_numbers_are_told() {
-        let at = |free| nearly_full(Path::new("/images"), &Room { device: 1, free, total: 100 << 30 });
+        let at = |free| nearly_full(Path::new("/images"), &Room { device: 1, free, total: 100 << 30 }, 10);
         assert_eq!(at(10 << 30), None);
         let said = at(9 << 30).unwrap();
         assert!(said.contains("9 %") && said.contains("100 GiB") && said.contains("/images"), "{said}");

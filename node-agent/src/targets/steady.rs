@@ -5,6 +5,9 @@ use freezeframe_api::v1alpha1::{TargetDisk, VMTargetStatus};
 /// Less than this is no news, however much it is of the whole.
 const GRAIN: i64 = 64 << 20;
 
+/// A rate below this is told as 0.
+const LEAST_RATE: i64 = 4096;
+
 /// Takes numbers from what was published before, where they are still near enough.
 pub fn keep(before: Option<&VMTargetStatus>, status: &mut VMTargetStatus) {
     let Some(before) = before else { return };
@@ -21,6 +24,12 @@ fn keep_disk(before: &TargetDisk, disk: &mut TargetDisk) {
     let near = (before.overlay_bytes - disk.overlay_bytes).abs() <= GRAIN.max(before.overlay_bytes / 8);
     if same_chain && near && before.overlay_bytes > 0 {
         disk.overlay_bytes = before.overlay_bytes;
+    }
+    if let (Some(known), Some(rate)) = (before.write_bytes_per_second, disk.write_bytes_per_second) {
+        // One step of two is no news.
+        if rate.max(LEAST_RATE) <= known.max(LEAST_RATE) * 2 && known.max(LEAST_RATE) <= rate.max(LEAST_RATE) * 2 {
+            disk.write_bytes_per_second = Some(known);
+        }
     }
 }
 
@@ -58,6 +67,24 @@ mod tests {
         assert_eq!(published(16 * gib, (18 * gib, 1)), 16 * gib);
         assert_eq!(published(16 * gib, (18 * gib + 1, 1)), 18 * gib + 1);
         assert_eq!(published(gib, (gib - GRAIN, 1)), gib);
+    }
+
+    #[test]
+    fn a_rate_changes_by_two_steps_at_once_and_goes_when_it_is_not_known() {
+        let told = |known: Option<i64>, rate: Option<i64>| {
+            let (mut before, mut now) = (status(0, 0), status(0, 0));
+            before.disks[0].write_bytes_per_second = known;
+            now.disks[0].write_bytes_per_second = rate;
+            keep(Some(&before), &mut now);
+            now.disks[0].write_bytes_per_second
+        };
+        assert_eq!(told(Some(8192), Some(4096)), Some(8192));
+        assert_eq!(told(Some(8192), Some(16384)), Some(8192));
+        assert_eq!(told(Some(8192), Some(32768)), Some(32768));
+        assert_eq!(told(Some(0), Some(4096)), Some(0));
+        assert_eq!(told(Some(1 << 20), Some(0)), Some(0));
+        assert_eq!(told(Some(4096), None), None);
+        assert_eq!(told(None, Some(4096)), Some(4096));
     }
 
     #[test]

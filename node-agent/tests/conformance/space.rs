@@ -80,3 +80,26 @@ async fn a_snapshot_that_leaves_less_than_its_class_wants_is_refused_with_the_nu
     order.limits.min_free = Some("5%".into());
     world.snapshot(&order).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_the_guest_would_fill_before_the_classs_horizon_is_refused_with_the_rate() {
+    let storage = Storage::new(Kind::Xfs);
+    let disks = two_disks(&storage, "qcow2");
+    install_guest(&disks);
+    let world = World::with(storage, disks, drivers()).await;
+    let writes = async || look(&world, None).await.disks.iter().any(|disk| disk.write_bytes_per_second > Some(0));
+    until("a rate that was measured", writes).await;
+    world.machine().stop().await;
+    let before = world.footprint().await;
+    let mut order = world.order("overlay", 1);
+    order.limits.space_horizon = Some(Duration::from_secs(168 * 3600).into());
+    let status = world.advance(&order).await;
+    let ready = find(&status.conditions, types::READY).unwrap();
+    assert_eq!((status.phase, ready.reason.as_str()), (Some(ContentPhase::Failed), reasons::NO_SPACE));
+    assert!(ready.message.contains("within the class's 604800 s"), "{}", ready.message);
+    assert_eq!(world.footprint().await, before);
+    let mut order = world.order("overlay", 2);
+    order.limits.space_horizon = Some(Duration::from_secs(1).into());
+    world.snapshot(&order).await;
+    world.delete(&order).await;
+}

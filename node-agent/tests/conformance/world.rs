@@ -18,6 +18,7 @@ use freezeframe_node_agent::hypervisor::{Vm, VmKey};
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
@@ -104,6 +105,7 @@ impl World {
             journal: Journal::open(run.path().join("contents")).unwrap(),
             drivers,
             stopped: StoppedVms::with_files_only(),
+            space: SpaceWatch::default(),
             boots: std::sync::Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg)),
         };
         let contents = vec![Content::default(); disks.len()];

@@ -18,6 +18,7 @@ use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
@@ -87,6 +88,7 @@ impl Lab {
         let sessions = Sessions {
             drivers: Drivers::default(),
             stopped: StoppedVms::with_files_only(),
+            space: SpaceWatch::default(),
             boots: std::sync::Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg)),
             vm_root: root.join("vms"),
             roots: ImageRoots::new(vec![root.join("images")]),

@@ -15,6 +15,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 
 use crate::cases::for_every;
 use crate::content::Content;
@@ -58,6 +59,7 @@ async fn the_agent_that_is_killed() {
         journal: Journal::open(run.join("contents")).unwrap(),
         drivers: Drivers::default(),
         stopped: StoppedVms::with_files_only(),
+        space: SpaceWatch::default(),
         boots: std::sync::Arc::new(Boots::new(64, std::time::Duration::from_secs(20), 1, Accelerator::Tcg)),
     };
     let restores = restores(&sessions, &run.join("restores"));

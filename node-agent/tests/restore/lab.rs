@@ -16,6 +16,7 @@ use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions};
 use tokio::sync::watch;
 
@@ -72,6 +73,7 @@ pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
         journal: sessions.journal.clone(),
         drivers: sessions.drivers.clone(),
         stopped: StoppedVms::with_files_only(),
+        space: SpaceWatch::default(),
         boots: boots.clone(),
     };
     Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap(), boots }
