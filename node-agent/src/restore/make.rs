@@ -91,7 +91,8 @@ async fn copy(
     // `qemu-img` tells a full disk in words only, so the free space is looked at instead.
     copied.map_err(|error| match directory.free_bytes() {
         Ok(free) if free < NEARLY_NOTHING => {
-            let message = format!("{} was full before disk {} was copied", directory.path().display(), disk.disk);
+            let (path, needed) = (directory.path().display(), disk.needed);
+            let message = format!("disk {}: {needed} bytes are needed in {path}, and {free} are free", disk.disk);
             Failure::new(reasons::NO_SPACE, message)
         }
         _ => failed(&error),

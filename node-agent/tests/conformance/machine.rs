@@ -93,8 +93,13 @@ impl Machine {
     }
 
     /// Ends QEMU as `quit` does.
-    pub async fn quit(mut self) {
+    pub async fn quit(self) {
         self.monitor.quit(SOON).await.unwrap();
+        self.ended().await;
+    }
+
+    /// Waits until somebody has ended QEMU.
+    pub async fn ended(mut self) {
         let end = Instant::now() + SOON;
         while self.process.try_wait().unwrap().is_none() {
             assert!(Instant::now() < end, "QEMU doesn't end");

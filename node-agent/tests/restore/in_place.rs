@@ -6,6 +6,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 
 use crate::cases::for_every;
 use crate::lab::{CASES, Lab};
+use crate::machine::Machine;
 use crate::storage::run;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,5 +122,27 @@ async fn a_vm_that_could_not_be_stopped_is_not_shut_down_later() {
     let order = RestoreOrder { step: RestoreStep::Stop, ..lab.order(&old) };
     lab.refused(&order, reasons::VM_RUNNING).await;
     lab.refused(&RestoreOrder { stop_vm: true, ..order }, reasons::VM_RUNNING).await;
+    lab.world.check_guest().await;
+}
+
+/// What manages it starts it again whenever it ends: shutting it down once more would not help.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_manager_starts_it_again_is_not_restored_over() {
+    let case = CASES[0];
+    let mut lab = Lab::of(case).await;
+    lab.world.write().await;
+    let (old, _) = lab.snapshot(case.driver, 1).await;
+    let (first, directory, disks) = (lab.world.give(), lab.world.directory(), lab.world.disks.clone());
+    let manager = tokio::spawn(async move {
+        first.ended().await;
+        Machine::start(&directory, &disks).await
+    });
+    let order = RestoreOrder { step: RestoreStep::Stop, stop_vm: true, ..lab.order(&old) };
+    let said = lab.refused(&order, reasons::VM_RUNNING).await;
+    assert!(said.contains("started again") && said.contains("what manages it"), "{said}");
+    lab.world.adopt(manager.await.unwrap());
+    lab.world.check_guest().await;
+    // Asked again, it is not shut down a second time.
+    lab.refused(&order, reasons::VM_RUNNING).await;
     lab.world.check_guest().await;
 }

@@ -23,6 +23,7 @@ mod storage;
 #[path = "../conformance/world.rs"]
 mod world;
 
+mod copying;
 #[cfg(feature = "crash-points")]
 mod crashes;
 mod dependence;

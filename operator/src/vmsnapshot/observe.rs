@@ -101,6 +101,7 @@ fn target(snapshot: &VMSnapshot, caches: &Caches) -> Option<VMTarget> {
 }
 
 /// The class of a name, or the default.
+#[must_use]
 pub fn class(name: Option<&str>, caches: &Caches) -> ClassState {
     let classes: Vec<_> = caches.classes.state();
     let mut readable = classes.iter().filter_map(|class| class.0.as_ref().ok()); // As above: logged as it arrived.
