@@ -50,7 +50,14 @@ fn build_suite() -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     // What `cargo xtask test` chooses for all tests, or kube would be built anew.
-    cargo.args(["test", "--no-run", "--message-format=json", "--workspace", "--exclude", "freezeframe-e2e"]);
+    cargo.args([
+        "test",
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+        "--workspace",
+        "--exclude",
+        "freezeframe-e2e",
+    ]);
     cargo.args(["--features", "freezeframe-node-agent/crash-points", "--test", "lvm"]);
     // What cargo told this test of the package it is in: build scripts that look at it would run again.
     for (name, _) in std::env::vars().filter(|(name, _)| OWN_PACKAGE.iter().any(|prefix| name.starts_with(prefix))) {

@@ -9,6 +9,8 @@ pub fn run() -> Result<()> {
     for arguments in [
         "fmt --all --check",
         "clippy --quiet --workspace --all-targets --features freezeframe-node-agent/crash-points -- -D warnings",
+        // No target of `cargo test`, so none of `--all-targets`.
+        "clippy --quiet --workspace --exclude freezeframe-e2e --test lvm --features freezeframe-node-agent/crash-points -- -D warnings",
     ] {
         let mut command = cargo();
         command.args(arguments.split(' '));

@@ -27,6 +27,10 @@ const METADATA: u64 = 4 << 20;
 
 /// What would be made of a disk whose snapshot is a volume.
 pub async fn plan(order: &RestoreOrder, task: &DiskTask, artifact: &Artifact) -> Result<DiskRestore, Failure> {
+    if order.directory.is_some() {
+        let message = format!("disk {} comes back as a logical volume, and in no directory", task.disk);
+        return Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message));
+    }
     let source = volume_at(&artifact.handle)?;
     let rows = commands::volumes(source.group()).await.map_err(|error| failed(&error))?;
     let row = |name: &str| rows.iter().find(|row| row.lv_name == name);

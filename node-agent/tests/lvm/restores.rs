@@ -104,6 +104,7 @@ fn order(number: u32, source: &Taken, kept: Option<&Taken>) -> RestoreOrder {
         source: source.order.uid.clone(),
         vm: World::key(),
         new_vm: None,
+        directory: None,
         step: RestoreStep::Restore,
         pre_restore: kept.map(|kept| kept.order.uid.clone()),
         mode: RestoreMode::Linked,
