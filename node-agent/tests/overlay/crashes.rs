@@ -115,6 +115,29 @@ async fn a_snapshot_whose_data_moved_before_a_crash_is_deleted_where_it_is() {
     assert!(seen, "no crash came between the merge and the record of it");
 }
 
+/// What a stream writes to the layer that the VM runs on is in QEMU's memory until somebody has it flushed, and its
+/// header, which then no longer names the snapshot's file, is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_legacy_disk_keeps_all_data_when_qemu_dies_around_the_deletion_of_its_newest_snapshot() {
+    let mut lab = lab(Shape::Legacy, 1).await;
+    for polls in (1..).step_by(3) {
+        let taken = lab.take().await;
+        let order = lab.snapshots[&taken].order.clone();
+        let whole = cut_off(Box::pin(lab.sessions.delete(&order)), polls).await.is_some();
+        lab.machine.kill();
+        assert_eq!(crate::machine::view(&lab.disks[0].image), lab.disks[0].now, "cut off at await {polls}");
+        lab.machine.start().await;
+        if whole {
+            println!("{polls} points");
+            break;
+        }
+        lab.delete(taken).await;
+        // What was merged into a disk that QEMU named itself can be cut again when it is started anew.
+        lab.restart().await;
+        lab.check().await;
+    }
+}
+
 /// QEMU, or the host, dies after a merge has rewritten the header above and before what it merged is on disk.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_merge_whose_data_was_lost_is_done_once_more_before_its_source_goes() {

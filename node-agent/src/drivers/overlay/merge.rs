@@ -26,7 +26,7 @@ use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::upwards::Upwards;
-use super::{DiskTask, at_rest, follow_merge, offline_merge, unseen};
+use super::{DiskTask, at_rest, follow_merge, offline_merge, streamed, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::take_back_unused;
@@ -192,6 +192,7 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
         let file = directory.join(&state.layer);
         return Err(DriverError::NotNow(format!("{} needs {}, which its VM doesn't have open", name, file.display())));
     }
+    streamed::sync(directory, state)?;
     if !state.keeps_name() {
         directory.unlink(&state.layer)?;
     }
@@ -364,8 +365,10 @@ async fn stream_up(
     place: &Place<'_>,
     at: usize,
 ) -> Result<Removal> {
-    if state.closing.is_empty() {
+    let streamed_into = place.id(directory, at - 1);
+    if state.closing.is_empty() || state.streamed_into != streamed_into {
         state.closing = nodes_of(place.chain[at]);
+        state.streamed_into = streamed_into;
         return Ok(Removal::Again);
     }
     if at > 1 && !place.may_become_writable(at - 1) {
@@ -377,7 +380,7 @@ async fn stream_up(
         None => None,
     };
     Upwards { job: &state.job(), place, into: at - 1, base }.copy(env, vm).await?;
-    directory.sync_file(&name_of(directory, place.id(directory, at - 1))?)?;
+    streamed::sync(directory, state)?;
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     if still_below(&graph, place, at) {
         let why = "QEMU ended it without saying why".to_owned();

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::needs::{dependents, kept_for, refuse_others};
 use super::prepare::header;
 use super::state::{Merging, State};
-use super::unseen;
+use super::{streamed, unseen};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, qemu};
 use crate::hypervisor::QMP_TIMEOUT;
@@ -29,6 +29,7 @@ pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State)
     let users = dependents(directory, state.base)?;
     match at {
         None if users.is_empty() => {
+            streamed::sync(directory, state)?;
             directory.unlink(&state.layer)?;
             Ok(Removal::Done)
         }

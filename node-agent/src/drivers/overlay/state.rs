@@ -46,6 +46,9 @@ pub struct State {
     /// Nodes that nothing uses once the layer above is merged.
     #[serde(default)]
     pub closing: Vec<String>,
+    /// The file that this one's data is streamed into, recorded before that starts.
+    #[serde(default)]
+    pub streamed_into: Option<FileId>,
 }
 
 /// A merge of the layer above into this snapshot's file, which then belongs to the layer's own snapshot.
@@ -110,6 +113,7 @@ impl State {
             node_prefix: format!("ff-{}-{}", task.id, task.index),
             merging: None,
             closing: vec![],
+            streamed_into: None,
         })
     }
 
