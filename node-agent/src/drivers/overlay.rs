@@ -27,6 +27,7 @@ mod prepare;
 mod runs;
 pub(crate) mod shorten;
 mod state;
+mod streamed;
 mod unseen;
 mod upwards;
 

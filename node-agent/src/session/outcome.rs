@@ -96,6 +96,7 @@ fn reason_of(error: &WindowError) -> &'static str {
         | WindowError::Cut(_)
         | WindowError::HostCut(..)
         | WindowError::Exchange(_)
+        | WindowError::Look(_)
         | WindowError::Switch(_) => reasons::CUT_FAILED,
     }
 }

@@ -10,7 +10,7 @@
 //! - The guard has its record on disk before the freeze is sent (the verbs take the armed window).
 //! - A freeze that failed or timed out counts as *maybe frozen*: it may run later in the guest.
 //! - Names change hands before the guest goes on: it must not be told that a write is durable which its old command
-//!   line would not find.
+//!   line would not find. Where they can't, the guard gets the guest as it is.
 //! - Resume comes before thaw: a guest whose virtual CPUs are stopped can't answer its agent.
 //! - If the thaw isn't *seen*, the window isn't disarmed but given up to the guard.
 //! - No call leaves this module with the guest held, unless the guard has it.
@@ -230,8 +230,8 @@ impl Hold {
     async fn switch(&mut self, vm: &Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
         armed.give_up_after(plan.max_hold + HOLD_SLACK);
         self.pause(vm, armed, plan).await?;
+        self.cut_sent = true;
         if let Some(job) = &plan.job {
-            self.cut_sent = true;
             let completed = async {
                 vm.qmp().job_complete(job, plan.max_hold).await.map_err(crate::drivers::qemu("complete the merge"))?;
                 jobs::wait(vm.qmp(), job, Wanted::Concluded).await
@@ -279,8 +279,13 @@ impl Hold {
     async fn let_go(&mut self, vm: &mut Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
         let mut settled = Ok(());
         if self.cut_sent && !self.exchanged {
-            settled = end_job(vm, plan).await;
-            self.exchange_if_cut(vm, plan).await;
+            let ended = end_job(vm, plan).await;
+            let names = self.exchange_if_cut(vm, plan).await;
+            if matches!(names, Err(WindowError::Exchange(_))) && !armed.is_lost() {
+                // The guard has ways to the names that the agent hasn't, and lets the guest go after them.
+                return names;
+            }
+            settled = ended.and(names);
         }
         if let Some(at) = self.paused_at {
             resume(vm, armed).await.map_err(WindowError::ResumeOwed)?;
@@ -306,20 +311,15 @@ impl Hold {
         }
     }
 
-    /// The cut's answer never came or said no: the graph tells whether it happened, and the names must follow it.
-    async fn exchange_if_cut(&mut self, vm: &Vm, plan: &Plan) {
-        let graph = match timeout(LOOK, vm.graph()).await {
-            Ok(Ok(graph)) => graph,
-            // QEMU doesn't answer. The guest must go on all the same; recovery looks again.
-            Ok(Err(error)) => return tracing::error!(%error, "the block graph can't be read after a failed cut"),
-            Err(_) => return tracing::error!("the block graph can't be read after a failed cut"),
-        };
+    /// The cut's answer never came or said no: the graph tells whether it happened, and the names must follow it. Where
+    /// QEMU doesn't answer, the guest is let go all the same, and the names are left to the guard.
+    async fn exchange_if_cut(&mut self, vm: &Vm, plan: &Plan) -> Result<(), WindowError> {
+        let graph = timeout(LOOK, vm.graph()).await.map_err(|_| WindowError::HoldExceeded(LOOK))?;
+        let graph = graph.map_err(WindowError::Look)?;
         let active = |node: &str| graph.disks().iter().any(|disk| disk.top.as_deref() == Some(node));
-        for exchange in plan.exchanges.iter().filter(|exchange| active(&exchange.when_active)) {
-            if let Err(error) = exchange.apply() {
-                tracing::error!(%error, file = exchange.a, "a name could not change hands after a failed cut");
-            }
-        }
+        let due = plan.exchanges.iter().filter(|exchange| active(&exchange.when_active));
+        // Each is tried: one bad directory must not keep the other disks' names wrong.
+        due.map(|exchange| exchange.apply().map(drop)).fold(Ok(()), Result::and).map_err(WindowError::Exchange)
     }
 
     fn measured(self) -> Measured {

@@ -46,6 +46,9 @@ pub enum WindowError {
     /// A name couldn't change hands.
     #[error("failed to give the new layer the disk's name")]
     Exchange(#[source] freezeframe_guard::ExchangeError),
+    /// It isn't known whether the cut took place, and the names are as they were; the guard goes on.
+    #[error("the block graph can't be read after a failed cut; the guard goes on")]
+    Look(#[source] QemuError),
     /// The guest wasn't seen thawed; the guard goes on.
     #[error("the guest was not seen thawed; the guard goes on thawing it")]
     ThawOwed(#[source] QemuError),

@@ -8,6 +8,7 @@ mod follow;
 mod governor;
 mod lab;
 mod machine;
+mod names;
 mod orders;
 mod refusals;
 mod sequences;
