@@ -1,5 +1,6 @@
 //! The VMs of this node: found, probed, and published as `VMTarget`s.
 
+mod follow;
 mod host;
 mod probe;
 mod publish;
