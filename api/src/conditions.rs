@@ -26,12 +26,22 @@ pub mod types {
     /// On a target: a disk has more images below its own than its snapshots' classes want, and they can't be merged by
     /// themselves. Absent until it once was so.
     pub const CHAIN_TOO_DEEP: &str = "ChainTooDeep";
+    /// On a target: a disk's newest data isn't where the VM's command line leads. Absent until it once wasn't.
+    pub const FOLLOW_NEEDED: &str = "FollowNeeded";
     /// On a target: the guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
 }
 
 /// Condition reasons.
 pub mod reasons {
+    /// The VM is to be started with what the disks' `startWith` says.
+    pub const NEW_IMAGE: &str = "NewImage";
+    /// The VM was started with an image that a layer had been made on, and the layer was left behind.
+    pub const NOT_FOLLOWED: &str = "NotFollowed";
+    /// The VM's command line leads to its disks' newest data.
+    pub const FOLLOWED: &str = "Followed";
+    /// A snapshot's image was written to after it was complete.
+    pub const SNAPSHOT_OVERWRITTEN: &str = "SnapshotOverwritten";
     /// The request was taken.
     pub const ACCEPTED: &str = "Accepted";
     /// All data is there and verified.

@@ -9,12 +9,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use freezeframe_api::v1alpha1::{ConsistencyEvidence, ConsistencyLevel, Phase, VMSnapshot};
+use freezeframe_api::conditions::types;
+use freezeframe_api::v1alpha1::{ConsistencyEvidence, ConsistencyLevel, Phase, TargetDisk, VMSnapshot, VMTarget};
 use freezeframe_e2e::snapshots::{checksums, images, phase};
 use freezeframe_e2e::{
-    Disk, DiskSpec, Filesystem, Format, Load, Place, World, WorldConfig, await_condition, run, verify_by_booting,
-    witness,
+    Disk, DiskSpec, Filesystem, Format, Load, Place, World, WorldConfig, await_condition, await_object, run,
+    verify_by_booting, witness,
 };
+use kube::Api;
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -57,6 +59,7 @@ impl Layers {
         let copies = world.copies()?;
         let driver = |name: &&str| match *name {
             "copy" => json!({"name": "copy", "parameters": {"directory": copies}}),
+            "overlay, followed" => json!({"name": "overlay", "parameters": {"follow": "true"}}),
             name => json!({"name": name}),
         };
         world.apply_class("layers", &drivers.iter().map(driver).collect::<Value>())?;
@@ -208,6 +211,59 @@ async fn copies_are_one_instant_of_a_writing_guest_and_go_in_any_order() -> Resu
 async fn overlays_are_one_instant_of_a_writing_guest_and_go_in_any_order() -> Result<()> {
     let disks = [layer(Place::Plain, Format::Qcow2, "overlay"), layer(Place::Plain, Format::Qcow2, "overlay")];
     keeps_what_it_took(&disks, Load::Light, &["overlay"]).await
+}
+
+/// What the VMTarget says to start each disk with, once it says that the owner has to follow, or needn't any more.
+async fn told(world: &World, needed: &str) -> Result<Vec<Option<Disk>>> {
+    let targets: Api<VMTarget> = Api::namespaced(world.client.clone(), &world.namespace);
+    let is_told = |target: &VMTarget| {
+        let conditions = target.status.iter().flat_map(|status| &status.conditions);
+        conditions.into_iter().any(|found| found.type_ == types::FOLLOW_NEEDED && found.status == needed)
+    };
+    let target = await_object(&targets, VM, "FollowNeeded to be told", SOON, is_told).await?;
+    let disks = target.status.context("a status")?.disks;
+    let start_with = |disk: &TargetDisk| {
+        let now = disk.start_with.as_ref()?;
+        let format = if now.format == "raw" { Format::Raw } else { Format::Qcow2 };
+        Some(Disk::existing(&now.path, format))
+    };
+    Ok(disks.iter().map(start_with).collect())
+}
+
+/// The VM is killed, and started with what its owner was told.
+async fn follow(layers: &mut Layers) -> Result<()> {
+    let now = told(&layers.world, "True").await?;
+    let stopped = layers.world.guest.take().context("the guest")?.kill()?;
+    let was = stopped.images().into_iter().zip(&layers.disks);
+    let disks = now.into_iter().zip(was).map(|(now, (was, layer))| now.unwrap_or(Disk::existing(was, layer.format)));
+    let (disks, written) = (disks.collect(), stopped.records_written());
+    let guest = stopped.restart_with(disks).await?;
+    ensure!(guest.records_written() > written, "told durable: {written}, found: {}", guest.records_written());
+    layers.world.guest = Some(guest);
+    layers.check().await?;
+    ensure!(told(&layers.world, "False").await?.iter().all(Option::is_none), "it is followed, and still told");
+    Ok(())
+}
+
+/// The disk is another image from the first snapshot on, and its old one again once the last is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_disk_is_followed_to_its_layer_and_back_while_its_guest_writes() -> Result<()> {
+    let disks = [layer(Place::Plain, Format::Raw, "overlay"), layer(Place::Plain, Format::Qcow2, "overlay")];
+    let mut layers = Layers::start(&disks, Load::Light, &["overlay, followed"]).await?;
+    let old = layers.world.guest()?.config().disks.clone();
+    let taken = layers.take("one").await?;
+    let told = taken.status.context("a status")?.disks.into_iter().map(|disk| disk.start_with.is_some());
+    ensure!(told.eq([true, false]), "only the raw disk is another image now");
+    layers.take("two").await?;
+    follow(&mut layers).await?;
+    layers.take("three").await?;
+    for name in ["two", "one", "three"] {
+        layers.delete(name).await?;
+    }
+    follow(&mut layers).await?;
+    let now = &layers.world.guest()?.config().disks;
+    ensure!(now.iter().zip(&old).all(|(now, old)| now.path == old.path), "not the old command line: {now:?}");
+    layers.ensure_unharmed().await
 }
 
 /// A disk for every layer that needs no device-mapper, and the order of drivers in which each takes its own.

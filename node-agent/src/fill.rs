@@ -1,4 +1,5 @@
-//! Watches how full the space of complete snapshots gets that can overflow, and says so before, and when, they do.
+//! Watches complete snapshots: how full the space gets of those that can overflow, and whether somebody wrote to those
+//! whose images nothing protects. Says so before, and when, they lose their contents.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use crate::metrics::Metrics;
 use crate::report::{ReportError, call, report};
 use crate::session::Sessions;
 use crate::session::journal::{JournalError, SessionRecord, Stage};
-use crate::session::outcome::{chain, filled};
+use crate::session::outcome::{chain, filled, spoilt};
 
 /// What watching needs.
 pub struct FillWatch {
@@ -54,12 +55,15 @@ impl FillWatch {
         let records = self.sessions.journal.all()?;
         let looked_at = |record: &SessionRecord| is_whole(record) || unreported.contains(&record.order.uid);
         for record in records.into_iter().filter(looked_at).collect::<Vec<_>>() {
+            let overwritten = overwritten(&self.sessions, &record);
             let fills = fills(&self.sessions, &record).await;
             for (disk, fill) in &fills {
                 self.metrics.set_fill(&record.order.content, disk, fill.percent);
             }
             let uid = record.order.uid.clone();
-            let Some(news) = self.write_down(&uid, &fills)?.or_else(|| unreported.take(&uid).map(|_| record)) else {
+            let Some(news) =
+                self.write_down(&uid, &fills, &overwritten)?.or_else(|| unreported.take(&uid).map(|_| record))
+            else {
                 continue;
             };
             if let Err(error) = self.tell(&news).await {
@@ -71,12 +75,18 @@ impl FillWatch {
     }
 
     /// The record with the new status, if that says anything new. A VM that is being worked on is looked at next time.
-    fn write_down(&self, uid: &str, fills: &[(String, Fill)]) -> Result<Option<SessionRecord>, JournalError> {
+    fn write_down(
+        &self,
+        uid: &str,
+        fills: &[(String, Fill)],
+        overwritten: &[(String, String)],
+    ) -> Result<Option<SessionRecord>, JournalError> {
         let Some(record) = self.sessions.journal.load(uid)?.filter(is_whole) else { return Ok(None) };
         let Some(_turn) = self.locks.try_turn(&record.order.vm) else { return Ok(None) };
-        let Some(status) = filled(&record, fills) else { return Ok(None) };
+        let spoilt = spoilt(&record, overwritten);
+        let Some(status) = spoilt.or_else(|| filled(&record, fills)) else { return Ok(None) };
         if status.phase == Some(ContentPhase::Failed) {
-            tracing::warn!(content = record.order.content, "a snapshot overflowed");
+            tracing::warn!(content = record.order.content, "a snapshot lost its contents");
         }
         let news = SessionRecord { status: Some(status), ..record };
         self.sessions.journal.save(&news)?;
@@ -100,6 +110,15 @@ impl FillWatch {
 fn is_whole(record: &SessionRecord) -> bool {
     let ready = record.status.as_ref().is_some_and(|status| status.phase == Some(ContentPhase::Ready));
     record.stage == Stage::Complete && !record.removing && ready
+}
+
+/// The disks whose snapshot somebody wrote to, and what to say of each.
+fn overwritten(sessions: &Sessions, record: &SessionRecord) -> Vec<(String, String)> {
+    let why = |task: &DiskTask| {
+        let why = sessions.drivers.find(&task.driver)?.overwritten(task, &sessions.roots)?;
+        Some((task.disk.clone(), why))
+    };
+    record.tasks.iter().filter_map(why).collect()
 }
 
 async fn fills(sessions: &Sessions, record: &SessionRecord) -> Vec<(String, Fill)> {

@@ -208,6 +208,7 @@ mod tests {
             chain_depth: 3,
             overlay_bytes: 4096,
             write_bytes_per_second: None,
+            start_with: None,
             drivers: vec![],
         }
     }

@@ -75,6 +75,16 @@ pub enum DiskSnapshotState {
     Retained,
 }
 
+/// The image that a VM is to be started with next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StartWith {
+    /// Its path on the node.
+    pub path: String,
+    /// Its format, such as `qcow2`.
+    pub format: String,
+}
+
 /// One disk of a snapshot. Set by the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -103,6 +113,10 @@ pub struct DiskSnapshot {
     /// that QEMU's transaction cuts have the same. Absent before the cut.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skew_micros: Option<i64>,
+    /// What the VM was to be started with after the cut, where its command line leads elsewhere; the VMTarget says what it
+    /// is now. Absent where the old command line stayed right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_with: Option<StartWith>,
     /// What went wrong with this disk, or what to know about it. Absent when there is nothing to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,

@@ -18,7 +18,7 @@ mod vmsnapshotschedule;
 mod vmtarget;
 
 pub use consistency::{Consistency, ConsistencyEvidence, ConsistencyLevel, Fallback};
-pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState, DiskTarget};
+pub use disks::{DiskSelection, DiskSnapshot, DiskSnapshotState, DiskTarget, StartWith};
 pub use limits::Limits;
 pub use quiesce::{Pause, Quiesce};
 pub use restored::{

@@ -5,6 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::StartWith;
 use crate::names::{DiskName, DriverName, NodeName};
 
 /// Whether a VM runs.
@@ -83,6 +84,10 @@ pub struct TargetDisk {
     /// within another factor of two, so that not every write is news; 0 for less than 4 KiB. Absent until it was measured, and while the VM doesn't run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub write_bytes_per_second: Option<i64>,
+    /// What to start the VM with next, where its command line leads to another image than the disk's: after a snapshot by
+    /// `overlay` with parameter `follow`. Absent where the command line is right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_with: Option<StartWith>,
     /// What can take it, best first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drivers: Vec<DriverChoice>,
@@ -133,8 +138,9 @@ pub struct VMTargetStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// `Ready` (a snapshot can be taken; False by reason `NoSpace` if QEMU stopped the VM for it), `AgentConnected`,
-    /// `SpaceLow` once a file system of its disks was nearly full, and `ChainTooDeep` once a disk had more images below it
-    /// than its snapshots' classes want and nothing could be merged.
+    /// `SpaceLow` once a file system of its disks was nearly full, `ChainTooDeep` once a disk had more images below it
+    /// than its snapshots' classes want and nothing could be merged, and `FollowNeeded` once a disk had a `startWith`: True
+    /// by reason `NewImage` until the VM is started with it, by reason `NotFollowed` if it was started without.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -17,7 +17,7 @@ pub(crate) use config::DISK_NAMES;
 pub use config::{Agent, GuestConfig, Load, Style, Trouble};
 pub use verify::{Verified, verify_by_booting};
 
-use crate::{Cache, Heartbeat, Invocation, Monitor, Process, await_condition};
+use crate::{Cache, Disk, Heartbeat, Invocation, Monitor, Process, await_condition};
 
 /// Ending the load, unmounting and powering off.
 const DOWN: Duration = Duration::from_secs(60);
@@ -194,6 +194,13 @@ impl Stopped {
     /// Starts QEMU with the very same arguments, whatever has happened to the files in the meantime.
     pub async fn restart_same_command_line(self) -> Result<Guest> {
         Guest::start(self.invocation, self.config, Patience::None).await
+    }
+
+    /// Starts QEMU as before, but for its disks' images.
+    pub async fn restart_with(mut self, disks: Vec<Disk>) -> Result<Guest> {
+        self.config.disks = disks;
+        let invocation = command_line::build(&Cache::locate()?, &self.config)?;
+        Guest::start(invocation, self.config, Patience::None).await
     }
 
     /// The same, again and again while QEMU ends at once because somebody else has an image locked.

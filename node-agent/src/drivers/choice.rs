@@ -100,6 +100,7 @@ mod tests {
             encrypted: false,
             has_bitmaps: false,
             writers: Writers::Guest,
+            not_followed: None,
         }
     }
 

@@ -103,6 +103,8 @@ pub struct DiskFacts {
     pub has_bitmaps: bool,
     /// Who may write to it.
     pub writers: Writers,
+    /// Why it isn't what it should be: the VM was started with an image that a layer had been made on.
+    pub not_followed: Option<String>,
 }
 
 /// Who may write to a disk.
@@ -179,6 +181,9 @@ pub struct DiskTask {
     /// The file that the user made for the data.
     #[serde(default)]
     pub target: Option<String>,
+    /// What the disk is after the cut, where the VM's command line leads elsewhere.
+    #[serde(default)]
+    pub start_with: Option<Layer>,
     /// The driver's own record.
     pub state: Value,
     /// What came of it, once complete.
@@ -284,6 +289,16 @@ pub trait SnapshotDriver: Send + Sync {
 
     /// Takes one step of removing whatever was made, finished or not, and says what is left.
     async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal>;
+
+    /// The image that the disk is on once the cut is made, under the name that it has then.
+    fn disk_after_cut(&self, task: &DiskTask) -> Option<PathBuf> {
+        task.path.clone()
+    }
+
+    /// Why a complete snapshot's data isn't what was cut any more, where somebody may write to it.
+    fn overwritten(&self, _task: &DiskTask, _roots: &ImageRoots) -> Option<String> {
+        None
+    }
 
     /// The file that has a task's data, complete or not.
     fn place(&self, task: &DiskTask) -> Option<PathBuf> {

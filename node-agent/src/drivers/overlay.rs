@@ -27,7 +27,6 @@ mod prepare;
 mod runs;
 pub(crate) mod shorten;
 mod state;
-mod streamed;
 mod unseen;
 mod upwards;
 
@@ -39,7 +38,7 @@ use freezeframe_guard::Exchange;
 use freezeframe_qemu::BlockGraph;
 use serde_json::{Value, json};
 
-use super::{Cut, DiskFacts, DiskTask, Env, Need, Removal, Result, SnapshotDriver, Verdict, Writers};
+use super::{Cut, DiskFacts, DiskTask, Env, Layer, Need, Removal, Result, SnapshotDriver, Verdict, Writers};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 use follow::Untouched;
@@ -76,6 +75,7 @@ impl SnapshotDriver for Overlay {
             _ if PASSED_THROUGH.contains(&disk.format.as_str()) => {
                 Some("it is a device of the host that is passed through: there is no image to put a layer on".into())
             }
+            _ if disk.not_followed.is_some() => disk.not_followed.clone(),
             _ if !fits(disk, follow) => Some(wrong_format(&disk.format)),
             _ if disk.encrypted => Some("the image is encrypted, and a layer on top would not be".into()),
             _ if disk.has_bitmaps => {
@@ -94,6 +94,8 @@ impl SnapshotDriver for Overlay {
 
     fn plan(&self, task: &mut DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<()> {
         let state = State::plan(task, graph, roots)?;
+        let now = Layer { path: state.directory.join(&state.disk_file), format: "qcow2".into() };
+        task.start_with = state.apart.then_some(now);
         task.set_state(&state)
     }
 
@@ -121,7 +123,10 @@ impl SnapshotDriver for Overlay {
         let handle = state.directory.join(&state.layer);
         task.artifact = Some(super::Artifact { handle, format: state.format.clone() });
         if state.keeps_name() && state.untouched.is_none() {
-            state.untouched = Some(Untouched::look(&roots.directory(&state.directory)?, &state.layer)?);
+            let directory = roots.directory(&state.directory)?;
+            follow_merge::refuse_if_left(vm, roots, &directory, &state).await?;
+            directory.touch(&state.disk_file)?;
+            state.untouched = Some(Untouched::look(&directory, &state.layer)?);
             task.set_state(&state)?;
         }
         Ok(())
@@ -132,6 +137,19 @@ impl SnapshotDriver for Overlay {
             return Ok(Removal::Done);
         }
         merge::remove(env, task).await
+    }
+
+    fn disk_after_cut(&self, task: &DiskTask) -> Option<PathBuf> {
+        let state: State = task.state().ok()?;
+        Some(state.directory.join(state.disk_file))
+    }
+
+    fn overwritten(&self, task: &DiskTask, roots: &ImageRoots) -> Option<String> {
+        let state: State = task.state().ok()?;
+        let before = state.untouched.filter(|_| !state.begun)?;
+        // One that can't be looked at isn't called overwritten.
+        let now = Untouched::look(&roots.directory(&state.directory).ok()?, &state.layer).ok()?;
+        (now != before).then(|| follow::overwritten(&state.directory.join(&state.layer)))
     }
 
     fn place(&self, task: &DiskTask) -> Option<PathBuf> {
@@ -212,6 +230,7 @@ mod tests {
             encrypted: false,
             has_bitmaps: false,
             writers: Writers::Guest,
+            not_followed: None,
         };
         change(&mut facts);
         match Overlay.can_take(&facts, &BTreeMap::new()) {

@@ -14,6 +14,7 @@ use super::graph::{NodeFile, NodeFiles, node_files};
 use super::image::ImageRoots;
 use super::qcow2::{Header, read_header};
 use super::{QMP_TIMEOUT, Vm};
+use crate::drivers::overlay::follow;
 use crate::drivers::{ChainImage, DiskFacts, Layer, Writers};
 
 /// One disk of a running VM.
@@ -29,6 +30,8 @@ pub struct FoundDisk {
     pub chain_depth: usize,
     /// What the images above the lowest take on their file system, in bytes.
     pub overlay_bytes: u64,
+    /// Whether the VM's command line leads to another image.
+    pub apart: bool,
     /// What drivers may look at.
     pub facts: DiskFacts,
 }
@@ -79,12 +82,14 @@ fn found_disk(
     let path = image_path(node, files, roots);
     let chain = graph.chain(&node.name);
     let above_lowest = chain.len().saturating_sub(1);
+    let path_now = path.as_ref().ok().cloned();
     FoundDisk {
         name: disk.name(),
         node: node.name.clone(),
         size: node.virtual_size,
         chain_depth: above_lowest,
         overlay_bytes: chain.iter().take(above_lowest).map(|layer| layer.actual_size).sum(),
+        apart: follow::is_apart(node),
         facts: DiskFacts {
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),
@@ -95,6 +100,7 @@ fn found_disk(
             encrypted: node.encrypted || disk.encrypted,
             has_bitmaps: !node.dirty_bitmaps.is_empty(),
             writers,
+            not_followed: path_now.and_then(|path| follow::not_followed(&path, &node.driver, roots)),
         },
     }
 }

@@ -258,6 +258,14 @@ impl ImageDirectory {
         rustix::fs::fsync(&file).map_err(|source| io_error("sync", &self.join(name), source))
     }
 
+    /// Has a file look written to just now.
+    pub fn touch(&self, name: &str) -> Result<()> {
+        let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+        let times = rustix::fs::Timestamps { last_access: now, last_modification: now };
+        rustix::fs::utimensat(&self.fd, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|source| io_error("touch", &self.join(name), source))
+    }
+
     /// Names of all files in it.
     pub fn names(&self) -> Result<Vec<String>> {
         let io = |source| io_error("list directory", &self.path, source);

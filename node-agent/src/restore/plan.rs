@@ -11,6 +11,7 @@ use super::record::{DiskRestore, Method};
 use super::source::{failed, has_backing, place, select, snapshot};
 use super::{Restores, directory, tool, volumes};
 use crate::drivers::overlay::dependents;
+use crate::drivers::overlay::follow::image_below;
 use crate::drivers::{Artifact, DiskTask};
 use crate::hypervisor::VmKey;
 use crate::hypervisor::image::ImageDirectory;
@@ -58,6 +59,7 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
         Some(new) => directory::of_image(order, new, &like, &task.disk, format),
         None => like.clone(),
     };
+    refuse_followed(order, task, &like)?;
     let facts = facts(restores, order, (task, artifact), &path_for(&task.format))?;
     let (method, format) = match &order.new_vm {
         Some(_) => choose_free(order.mode, facts, &artifact.format),
@@ -86,6 +88,22 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
         made: None,
         replaced: None,
     })
+}
+
+/// A new image would take the place of a layer whose name says what it lies on, and it wouldn't.
+fn refuse_followed(order: &RestoreOrder, task: &DiskTask, disk: &Path) -> Result<(), Failure> {
+    match image_below(disk).filter(|_| order.new_vm.is_none()) {
+        None => Ok(()),
+        Some((image, _)) => {
+            let message = format!(
+                "disk {} is a layer on {} that the VM's owner follows, and can't be replaced in place: restore it as a new \
+                 VM's, or delete the snapshots that need that image first",
+                task.disk,
+                image.display()
+            );
+            Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message))
+        }
+    }
 }
 
 fn not_a_file(task: &DiskTask) -> Failure {

@@ -31,8 +31,17 @@ pub fn snapshot(restores: &Restores, order: &RestoreOrder) -> Result<SessionReco
     }
     match record.stage {
         // Once its removal was begun, its images may have been written to.
-        Stage::Complete if !record.removing => Ok(record),
+        Stage::Complete if !record.removing => refuse_overwritten(restores, record),
         _ => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, "the snapshot isn't complete on this node, or is gone")),
+    }
+}
+
+fn refuse_overwritten(restores: &Restores, record: SessionRecord) -> Result<SessionRecord, Failure> {
+    let sessions = &restores.sessions;
+    let why = |task: &DiskTask| sessions.drivers.find(&task.driver)?.overwritten(task, &sessions.roots);
+    match record.tasks.iter().find_map(why) {
+        Some(why) => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, why)),
+        None => Ok(record),
     }
 }
 

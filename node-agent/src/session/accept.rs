@@ -126,6 +126,7 @@ fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate])
         vm: order.vm.clone(),
         snapshot: order.snapshot.1.clone(),
         target: order.targets.get(&disk.name).cloned(),
+        start_with: None,
         state: serde_json::Value::Null,
         artifact: None,
     })
@@ -215,6 +216,7 @@ mod tests {
             size,
             overlay_bytes: 0,
             chain_depth: 0,
+            apart: false,
             facts: DiskFacts {
                 format: "qcow2".into(),
                 source: String::new(),
@@ -225,6 +227,7 @@ mod tests {
                 encrypted: false,
                 has_bitmaps: false,
                 writers: Writers::Guest,
+                not_followed: None,
             },
         }
     }
@@ -245,6 +248,7 @@ mod tests {
             vm: VmKey { namespace: "n".into(), name: "v".into() },
             snapshot: "s".into(),
             target: None,
+            start_with: None,
             state: serde_json::Value::Null,
             artifact: None,
         }

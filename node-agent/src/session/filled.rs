@@ -1,4 +1,4 @@
-//! From how full a complete snapshot is to what is reported: pure.
+//! From how full a complete snapshot is, or that somebody wrote to it, to what is reported: pure.
 
 use freezeframe_api::conditions::{condition, find, reasons, set, types};
 use freezeframe_api::v1alpha1::{ContentPhase, DiskSnapshotState, VMSnapshotContentStatus};
@@ -25,6 +25,25 @@ pub fn filled(record: &SessionRecord, fills: &[(String, Fill)]) -> Option<VMSnap
     space(&mut status, record, fills);
     overflow(&mut status, record, fills);
     (status != *before).then_some(status)
+}
+
+/// The status of a complete snapshot some of whose disks were written to; none if none was.
+#[must_use]
+pub fn spoilt(record: &SessionRecord, disks: &[(String, String)]) -> Option<VMSnapshotContentStatus> {
+    let mut status = record.status.clone().filter(|_| !disks.is_empty())?;
+    for disk in &mut status.disks {
+        let Some((_, why)) = disks.iter().find(|(name, _)| *name == disk.name.0) else { continue };
+        (disk.state, disk.message) = (DiskSnapshotState::Failed, Some(why.clone()));
+    }
+    let named: Vec<_> = disks.iter().map(|(disk, why)| format!("disk {disk}: {why}")).collect();
+    fail(&mut status, record, reasons::SNAPSHOT_OVERWRITTEN, named.join("; "));
+    Some(status)
+}
+
+fn fail(status: &mut VMSnapshotContentStatus, record: &SessionRecord, reason: &str, message: String) {
+    status.phase = Some(ContentPhase::Failed);
+    let (generation, now) = (record.order.generation, Timestamp::now());
+    set(&mut status.conditions, condition(types::READY, false, reason, message, generation, now));
 }
 
 fn said(fill: &Fill) -> String {
@@ -65,10 +84,7 @@ fn overflow(status: &mut VMSnapshotContentStatus, record: &SessionRecord, fills:
          raise parameter `size` of the class",
         lost.join(", ")
     );
-    status.phase = Some(ContentPhase::Failed);
-    let (generation, now) = (record.order.generation, Timestamp::now());
-    let reason = reasons::SNAPSHOT_OVERFLOWED;
-    set(&mut status.conditions, condition(types::READY, false, reason, message, generation, now));
+    fail(status, record, reasons::SNAPSHOT_OVERFLOWED, message);
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::Sessions;
 use super::order::Order;
 use super::outcome::{Failure, chain};
+use crate::drivers::overlay::follow;
 use crate::hypervisor::still::{Still, StillError};
 use crate::hypervisor::target_file::{self, KnownDisk, TargetFileError};
 use crate::hypervisor::{OpenError, Vm, VmKey};
@@ -179,8 +180,8 @@ impl Sessions {
             );
             return Err(Failure::refused(reasons::VM_NOT_RUNNING, message));
         }
-        let (wanted, others): (Vec<_>, Vec<_>) =
-            known.into_iter().partition(|disk| order.wants(&disk.name, disk.read_only));
+        let now = known.iter().map(|disk| follow::now(disk, &self.roots));
+        let (wanted, others): (Vec<_>, Vec<_>) = now.partition(|disk| order.wants(&disk.name, disk.read_only));
         Ok((wanted, others.into_iter().map(|disk| disk.name).collect()))
     }
 

@@ -6,17 +6,18 @@ use std::path::Path;
 use freezeframe_api::conditions::{condition, reasons, set, types};
 use freezeframe_api::names::{DiskName, DriverName, SnapshotHandle};
 use freezeframe_api::v1alpha1::{
-    ConsistencyEvidence, ConsistencyLevel, ContentPhase, DiskSnapshot, DiskSnapshotState, VMSnapshotContentStatus,
+    ConsistencyEvidence, ConsistencyLevel, ContentPhase, DiskSnapshot, DiskSnapshotState, StartWith,
+    VMSnapshotContentStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use std::time::Duration;
 
-pub use super::filled::filled;
+pub use super::filled::{filled, spoilt};
 use super::journal::{JournalError, SessionRecord};
 use super::proved;
 use super::window::{Measured, WindowError};
-use crate::drivers::{DiskTask, DriverError};
+use crate::drivers::{DiskTask, DriverError, Layer};
 
 /// Why a session ended without a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -282,6 +283,12 @@ fn cut_disk(record: &SessionRecord, task: &DiskTask) -> DiskSnapshot {
     DiskSnapshot { skew_micros: offset.map(micros), ..disk(task, state_of(task)) }
 }
 
+/// An image to start a VM with, as it is told.
+#[must_use]
+pub fn start_with(layer: &Layer) -> StartWith {
+    StartWith { path: layer.path.display().to_string(), format: layer.format.clone() }
+}
+
 fn disk(task: &DiskTask, state: DiskSnapshotState) -> DiskSnapshot {
     DiskSnapshot {
         name: DiskName(task.disk.clone()),
@@ -293,6 +300,7 @@ fn disk(task: &DiskTask, state: DiskSnapshotState) -> DiskSnapshot {
         handle: task.artifact.as_ref().map(|artifact| SnapshotHandle(artifact.handle.display().to_string())),
         progress_percent: None,
         skew_micros: None,
+        start_with: task.start_with.as_ref().map(start_with),
         message: None,
     }
 }

@@ -66,7 +66,9 @@ async fn still_ours(sessions: &Sessions, machine: &Machine, tasks: &[DiskTask]) 
         let found = disks(machine.vm(), &sessions.roots).await;
         let found = found.map_err(|error| Failure::new(reasons::CUT_FAILED, chain(&error)))?.found;
         let is = |task: &DiskTask| {
-            found.iter().any(|disk| disk.name == task.disk && disk.facts.path.clone().ok() == task.path)
+            let driver = sessions.drivers.find(&task.driver);
+            let path = driver.map_or_else(|| task.path.clone(), |driver| driver.disk_after_cut(task));
+            found.iter().any(|disk| disk.name == task.disk && disk.facts.path.clone().ok() == path)
         };
         match tasks.iter().find(|task| !is(task)) {
             None => return Ok(()),

@@ -1,6 +1,7 @@
 //! The VMs of this node: found, probed, and published as `VMTarget`s.
 
 mod events;
+mod follow;
 mod host;
 mod probe;
 mod publish;

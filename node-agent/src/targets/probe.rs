@@ -4,16 +4,18 @@ use std::time::Duration;
 
 use freezeframe_api::conditions::{condition, reasons, set, types};
 use freezeframe_api::names::{DiskName, DriverName, NodeName};
-use freezeframe_api::v1alpha1::{AgentState, DriverChoice, GuestAgentStatus, RunState, TargetDisk, VMTargetStatus};
+use freezeframe_api::v1alpha1::{
+    AgentState, DriverChoice, GuestAgentStatus, RunState, StartWith, TargetDisk, VMTargetStatus,
+};
 use k8s_openapi::jiff::Timestamp;
 
 use super::stopped::Files;
-use super::{rates, space};
-use crate::drivers::{Drivers, SnapshotDriver, Verdict};
+use super::{follow, rates, space};
+use crate::drivers::{Drivers, Layer, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
 use crate::session::Sessions;
-use crate::session::outcome::chain;
+use crate::session::outcome::{self, chain};
 
 /// A probe must not keep a snapshot waiting for long.
 const AGENT_PATIENCE: Duration = Duration::from_millis(500);
@@ -73,6 +75,7 @@ async fn look(vm: &mut Vm, key: &VmKey, sessions: &Sessions, status: &mut VMTarg
             rates::measure(vm, key, &found.graph, &sessions.space).await;
             rates::tell(key, &sessions.space, &mut status.disks);
             space::report(status, &space::low(&found.found, sessions.space.low_percent));
+            follow::report(status, &follow::not_followed(&found.found));
             exhausted = space::exhausted(&found.graph);
         }
         Err(error) => status.message = Some(format!("the disks can't be read: {}", chain(&error))),
@@ -114,8 +117,15 @@ pub fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
         chain_depth: i32::try_from(disk.chain_depth).unwrap_or(i32::MAX),
         overlay_bytes: i64::try_from(disk.overlay_bytes).unwrap_or(i64::MAX),
         write_bytes_per_second: None,
+        start_with: start_with(disk),
         drivers: drivers.iter().map(|driver| choice(driver.as_ref())).collect(),
     }
+}
+
+/// The disk's own image, where the command line leads elsewhere.
+fn start_with(disk: &FoundDisk) -> Option<StartWith> {
+    let path = disk.facts.path.as_ref().ok().filter(|_| disk.apart)?;
+    Some(outcome::start_with(&Layer { path: path.clone(), format: disk.facts.format.clone() }))
 }
 
 fn conditions(status: &mut VMTargetStatus, exhausted: bool) {

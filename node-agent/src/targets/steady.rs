@@ -49,6 +49,7 @@ mod tests {
             chain_depth,
             overlay_bytes,
             write_bytes_per_second: None,
+            start_with: None,
             drivers: vec![],
         };
         VMTargetStatus { disks: vec![disk], ..VMTargetStatus::default() }

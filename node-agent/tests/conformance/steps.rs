@@ -40,6 +40,7 @@ impl Steps {
             vm: World::key(),
             snapshot: "snapshot-1".into(),
             target: None,
+            start_with: None,
             state: serde_json::Value::Null,
             artifact: None,
         };

@@ -265,6 +265,7 @@ impl World {
                 vm: Self::key(),
                 snapshot: format!("snapshot-{number}"),
                 target: None,
+                start_with: None,
                 state: serde_json::Value::Null,
                 artifact: None,
             };

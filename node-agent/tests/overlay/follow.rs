@@ -2,11 +2,26 @@
 //! has it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
+use freezeframe_api::conditions::{find, reasons, types};
+use freezeframe_api::v1alpha1::{ContentPhase, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
+use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::restore::{Restores, Turn};
+use freezeframe_node_agent::session::Sessions;
+use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
+use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
+use serde_json::json;
 use tempfile::TempDir;
+use tokio::sync::watch;
 
-use crate::lab::{Lab, images};
-use crate::machine::{Drive, REGION, REGIONS, format_of, path, run};
+use crate::crashes::cut_off;
+use crate::lab::{Lab, Snapshot, Wanted, images};
+use crate::machine::{Drive, REGION, REGIONS, format_of, path, run, view, view_as};
 use crate::orders::orders;
 
 /// The image that a VM has first, and the format of it.
@@ -139,4 +154,286 @@ async fn a_vm_whose_owner_follows_loses_nothing_in_any_order() {
             follow(&mut lab, base).await;
         }
     }
+}
+
+/// What the status says to start the VM with.
+fn current(lab: &Lab, base: Base) -> PathBuf {
+    let layer = layer(lab, base);
+    let is_image = std::fs::metadata(&layer).is_ok_and(|found| found.len() > 0);
+    if is_image { layer } else { lab.images().join(base.name()) }
+}
+
+/// The VM runs on an image that isn't the disk any more, and the guest goes on from what it finds there.
+async fn start_with_old_command_line(lab: &mut Lab, base: Base, snapshot: u32) {
+    lab.machine.kill();
+    lab.machine.set_drives(&[drive(&lab.images().join(base.name()))]);
+    lab.machine.start().await;
+    lab.disks[0].now = lab.snapshots[&snapshot].views[0];
+    lab.write().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_started_with_its_old_command_line_is_noticed_and_nothing_is_touched() {
+    for base in [Base::Raw, Base::Qed] {
+        let mut lab = lab(base).await;
+        let taken = lab.take().await;
+        let (image, layer) = (lab.images().join(base.name()), layer(&lab, base));
+        let overwritten = |lab: &Lab| {
+            let record = lab.sessions.journal.load(&lab.snapshots[&taken].order.uid).unwrap().unwrap();
+            lab.sessions.drivers.find("overlay").unwrap().overwritten(&record.tasks[0], &lab.sessions.roots)
+        };
+        assert_eq!(overwritten(&lab), None);
+        start_with_old_command_line(&mut lab, base, taken).await;
+        assert!(overwritten(&lab).is_some_and(|why| why.contains(path(&image))));
+        let left = std::fs::read(&layer).unwrap();
+
+        let (_, order) = lab.order();
+        let refused = lab.advance(&order).await;
+        let accepted = find(&refused.conditions, types::ACCEPTED).unwrap();
+        assert_eq!(accepted.reason, reasons::DISK_NOT_SUPPORTED);
+        assert!(accepted.message.contains(path(&layer)), "{}", accepted.message);
+
+        let order = lab.snapshots[&taken].order.clone();
+        for running in [true, false] {
+            if !running {
+                lab.machine.kill();
+            }
+            let deletion = lab.sessions.delete(&order).await.unwrap();
+            let said = &find(&deletion.status.conditions, types::REMOVED).unwrap().message;
+            assert!(!deletion.over && said.contains(path(&layer)), "running {running}: {said}");
+            assert_eq!(std::fs::read(&layer).unwrap(), left, "the layer was touched");
+            assert_eq!(view(&image), lab.disks[0].now, "the VM's disk was touched");
+        }
+        // Its owner goes on without what was left behind.
+        std::fs::remove_file(&layer).unwrap();
+        lab.delete(taken).await;
+        lab.machine.start().await;
+        check(&mut lab, base).await;
+        let taken = lab.take().await;
+        check(&mut lab, base).await;
+        lab.delete(taken).await;
+        check(&mut lab, base).await;
+    }
+}
+
+fn restore_order(source: &Order, number: u32) -> RestoreOrder {
+    RestoreOrder {
+        content: format!("vmrestore-{number}"),
+        uid: format!("{number:08x}-2222-4222-8222-222222222222"),
+        restore: ("shop".into(), format!("restore-{number}")),
+        source: source.uid.clone(),
+        vm: source.vm.clone(),
+        new_vm: None,
+        directory: None,
+        step: RestoreStep::Plan,
+        pre_restore: None,
+        mode: RestoreMode::Linked,
+        include: vec![],
+        exclude: vec![],
+        stop_vm: false,
+        stop_timeout: Duration::from_millis(500),
+        verify: RestoreVerify::Quick,
+        generation: Some(1),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_comes_back_as_a_new_vms_disk_and_not_in_place() {
+    for base in [Base::Raw, Base::Qed] {
+        let mut lab = lab(base).await;
+        let taken = [lab.take().await, lab.take().await];
+        let journal = lab.sessions.vm_root.with_file_name("restores");
+        let Lab { sessions, snapshots, .. } = &lab;
+        let sessions = Sessions {
+            vm_root: sessions.vm_root.clone(),
+            roots: sessions.roots.clone(),
+            guard: sessions.guard.clone(),
+            journal: sessions.journal.clone(),
+            drivers: sessions.drivers.clone(),
+            stopped: StoppedVms::with_files_only(),
+            boots: sessions.boots.clone(),
+            space: SpaceWatch::default(),
+        };
+        let boots = sessions.boots.clone();
+        let restores = Restores { sessions: Arc::new(sessions), journal: Journal::open(journal).unwrap(), boots };
+        let advance = async |order: &RestoreOrder| match restores
+            .advance(order, &Wanted, &watch::Sender::new(None))
+            .await
+            .unwrap()
+        {
+            Turn::Over(status) => *status,
+            Turn::Again(status) => panic!("not over: {status:?}"),
+        };
+        let mut number = 0;
+        for taken in taken {
+            let Snapshot { order, views } = &snapshots[&taken];
+            for mode in [RestoreMode::Linked, RestoreMode::Full] {
+                number += 1;
+                let new_vm = Some(VmKey { namespace: "shop".into(), name: format!("new-{number}") });
+                let step = RestoreStep::Restore;
+                let status = advance(&RestoreOrder { new_vm, mode, step, ..restore_order(order, number) }).await;
+                assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
+                let restored = PathBuf::from(&status.disks[0].path.0);
+                assert_eq!(view_as(&status.disks[0].format, &restored), views[0]);
+                std::fs::remove_file(restored).unwrap();
+            }
+            number += 1;
+            let status = advance(&restore_order(order, number)).await;
+            assert_eq!(status.phase, Some(RestoreContentPhase::Failed), "{:?}", status.conditions);
+        }
+        check(&mut lab, base).await;
+    }
+}
+
+fn write_target_file(lab: &Lab, image: &Path) {
+    let disk = json!({"name": "vda", "path": image, "format": format_of(image)});
+    // JSON is YAML.
+    let text = json!({"disks": [disk]}).to_string();
+    std::fs::write(lab.sessions.vm_root.join("shop/db/target.yaml"), text).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_of_a_stopped_vm_are_found_by_what_its_file_said_before_them() {
+    for base in [Base::Raw, Base::Qed] {
+        let mut lab = lab(base).await;
+        write_target_file(&lab, &lab.images().join(base.name()));
+        lab.machine.kill();
+        for order in orders(&[0, 1, 2]) {
+            println!("{base:?} {order:?}");
+            let mut taken = vec![];
+            for at in 0..3 {
+                let (number, order) = lab.order();
+                let status = lab.advance(&order).await;
+                assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+                let told = status.disks[0].start_with.as_ref().map(|now| PathBuf::from(&now.path));
+                assert_eq!(told, (at == 0).then(|| layer(&lab, base)), "the first cut makes another image of it");
+                let views = lab.views();
+                lab.snapshots.insert(number, Snapshot { order, views });
+                taken.push(number);
+                check(&mut lab, base).await;
+                if at == 1 {
+                    follow(&mut lab, base).await;
+                    lab.write().await;
+                    lab.machine.kill();
+                }
+            }
+            for at in order {
+                lab.delete(taken[at]).await;
+                check(&mut lab, base).await;
+            }
+        }
+    }
+}
+
+/// At every second point QEMU dies too; the owner starts the VM with what a status would have said by then, which is the
+/// old image as long as the layer has no data.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_cut_off_anywhere_ends_ready_or_leaves_nothing() {
+    let mut lab = lab(Base::Raw).await;
+    let mut whole = false;
+    let mut polls: usize = 1;
+    while !whole {
+        println!("polls {polls}");
+        lab.write().await;
+        let (number, order) = lab.order();
+        whole = cut_off(Box::pin(lab.sessions.advance(&order, &Wanted)), polls).await.is_some();
+        let restarted = polls.is_multiple_of(2);
+        if restarted {
+            lab.restart().await;
+        }
+        lab.write().await;
+        let status = lab.advance(&order).await;
+        match status.phase {
+            Some(ContentPhase::Ready) => {
+                let views = lab.handles_of(&order).iter().map(|image| view(image)).collect();
+                lab.snapshots.insert(number, Snapshot { order, views });
+            }
+            Some(ContentPhase::Failed) => {}
+            other => panic!("{other:?}: {:?}", status.conditions),
+        }
+        // One that was Ready before the VM was restarted wrongly is lost, as its owner was told.
+        if restarted && lab.snapshots.contains_key(&number) && current(&lab, Base::Raw) == layer(&lab, Base::Raw) {
+            let order = lab.snapshots.remove(&number).unwrap().order;
+            let deletion = lab.sessions.delete(&order).await.unwrap();
+            if !deletion.over {
+                std::fs::remove_file(layer(&lab, Base::Raw)).unwrap();
+                lab.delete_order(&order).await;
+            }
+        }
+        check(&mut lab, Base::Raw).await;
+        if lab.snapshots.contains_key(&number) {
+            lab.delete(number).await;
+            check(&mut lab, Base::Raw).await;
+        }
+        polls += 1;
+    }
+    println!("{polls} points");
+}
+
+/// Deletions that are cut off: the first, a middle and the last snapshot in turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_cut_off_anywhere_harms_nothing_and_can_be_finished() {
+    let base = Base::Raw;
+    let mut lab = lab(base).await;
+    let mut polls = 1;
+    let mut whole = 0;
+    let mut taken = vec![];
+    while whole < 6 {
+        while taken.len() < 1 + polls % 3 {
+            taken.push(lab.take().await);
+            check(&mut lab, base).await;
+        }
+        let at = (polls / 2) % taken.len();
+        let order = lab.snapshots[&taken[at]].order.clone();
+        let deletion = cut_off(Box::pin(lab.sessions.delete(&order)), polls).await;
+        whole += usize::from(deletion.is_some());
+        println!("polls {polls} at {at} of {} done {}", taken.len(), deletion.is_some());
+        if polls % 4 == 1 {
+            lab.write().await;
+        }
+        if polls % 4 != 3 {
+            lab.machine.kill();
+            let now = current(&lab, base);
+            lab.machine.set_drives(&[drive(&now)]);
+        }
+        if polls % 4 < 2 {
+            lab.machine.start().await;
+        }
+        if lab.machine.is_running() {
+            lab.write().await;
+        }
+        lab.delete(taken.remove(at)).await;
+        check(&mut lab, base).await;
+        follow(&mut lab, base).await;
+        lab.write().await;
+        polls += 1;
+    }
+    println!("{polls} points");
+}
+
+/// QEMU named the nodes of a `-drive` itself, so nothing is written to its image while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_a_legacy_drive_is_deleted_once_the_vm_is_stopped() {
+    let directory = TempDir::new().unwrap();
+    let image = images(&directory).join("vda.img");
+    run("qemu-img", &["create", "-q", "-f", "raw", path(&image), &(REGION * REGIONS as u64).to_string()]);
+    let legacy = format!("if=none,id=drive-vda,file={},format=raw", image.display());
+    let arguments = vec!["-drive".into(), legacy];
+    let legacy = Drive { id: "vda".into(), image, arguments, device: "drive=drive-vda".into() };
+    let mut lab = Lab::start(directory, &[], vec![legacy]).await;
+    lab.parameters.insert("follow".into(), "true".into());
+    let (first, second) = (lab.take().await, lab.take().await);
+    check(&mut lab, Base::Raw).await;
+    let order = lab.snapshots[&first].order.clone();
+    let deletion = lab.sessions.delete(&order).await.unwrap();
+    assert!(!deletion.over);
+    assert!(find(&deletion.status.conditions, types::REMOVED).unwrap().message.contains("stopped"));
+    check(&mut lab, Base::Raw).await;
+    lab.machine.kill();
+    for number in [first, second] {
+        lab.delete(number).await;
+        check(&mut lab, Base::Raw).await;
+    }
+    lab.machine.start().await;
+    check(&mut lab, Base::Raw).await;
 }

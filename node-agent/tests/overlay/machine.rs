@@ -168,8 +168,12 @@ pub fn format_of(image: &Path) -> &'static str {
 
 /// What an image and its backing files say, read from outside.
 pub fn view(image: &Path) -> View {
+    view_as(format_of(image), image)
+}
+
+pub fn view_as(format: &str, image: &Path) -> View {
     let raw = tempfile::NamedTempFile::new().unwrap();
-    run("qemu-img", &["convert", "-U", "-f", format_of(image), "-O", "raw", path(image), path(raw.path())]);
+    run("qemu-img", &["convert", "-U", "-f", format, "-O", "raw", path(image), path(raw.path())]);
     let bytes = std::fs::read(raw.path()).unwrap();
     let mut view = [0; REGIONS];
     for (at, region) in bytes.chunks(usize::try_from(REGION).unwrap()).enumerate() {

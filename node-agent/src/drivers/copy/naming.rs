@@ -120,6 +120,7 @@ mod tests {
             vm: VmKey { namespace: "shop".into(), name: "db-1".into() },
             snapshot: "before".into(),
             target: None,
+            start_with: None,
             state: serde_json::Value::Null,
             artifact: None,
         }

@@ -25,8 +25,9 @@ use super::prepare::header;
 use super::state::State;
 use crate::drivers::tool::look;
 use crate::drivers::{DiskTask, DriverError, Result};
-use crate::hypervisor::image::{ImageDirectory, ImageError};
+use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
 use crate::hypervisor::qcow2::HeaderError;
+use crate::hypervisor::target_file::KnownDisk;
 
 /// Formats of images that may get a layer which the VM's owner follows.
 pub const FORMATS: [&str; 2] = ["raw", "qed"];
@@ -47,13 +48,6 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(60);
 #[must_use]
 pub fn layer_on(image: &str, format: &str) -> String {
     format!("{image}{INFIX}{format}{SUFFIX}")
-}
-
-/// The layers that there may be on an image of any of the formats.
-pub fn layers_on(image: &Path) -> impl Iterator<Item = PathBuf> {
-    let name = image.file_name().and_then(|name| name.to_str()).map(str::to_owned);
-    let image = image.to_owned();
-    FORMATS.into_iter().filter_map(move |format| Some(image.with_file_name(layer_on(name.as_ref()?, format))))
 }
 
 /// The image that a layer was made on, and its format, by the layer's name.
@@ -202,15 +196,73 @@ pub async fn refuse_if_touched(directory: &ImageDirectory, state: &State) -> Res
             later && !is_empty(directory, &state.disk_file).await?
         }
     };
-    if touched { Err(not_followed(directory, state)) } else { Ok(()) }
+    if touched { Err(left_behind(directory, state)) } else { Ok(()) }
 }
 
 /// What to say when the VM doesn't run on the layer.
-pub fn not_followed(directory: &ImageDirectory, state: &State) -> DriverError {
+pub fn left_behind(directory: &ImageDirectory, state: &State) -> DriverError {
     DriverError::NotNow(format!(
         "the VM was started with {}, not with {}, which has what was written since the snapshot: nothing is touched \
          until that file is deleted, or the VM is started with it",
         directory.join(&state.layer).display(),
         directory.join(&state.disk_file).display()
     ))
+}
+
+/// What to say of a snapshot's image that somebody wrote to.
+pub fn overwritten(image: &Path) -> String {
+    format!(
+        "{} was written to after the snapshot: the VM was started with it, not with the layer on it",
+        image.display()
+    )
+}
+
+/// Why a disk isn't what it should be, if its VM was started with an image that a layer had been made on: whether it
+/// runs on that image now, or did before.
+pub fn not_followed(disk: &Path, format: &str, roots: &ImageRoots) -> Option<String> {
+    if FORMATS.contains(&format) {
+        let layer = layer_over(disk, format, roots)?;
+        return Some(format!(
+            "the VM was started with {}, and what was written after a snapshot of it is in {}: delete that file to go on \
+             without it",
+            disk.display(),
+            layer.display()
+        ));
+    }
+    let (image, _) = image_below(disk)?;
+    let modified = |path: &Path| {
+        let (directory, name) = roots.directory_of(path).ok()?;
+        metadata(&directory, &name).ok().map(|found| (found.mtime(), found.mtime_nsec()))
+    };
+    (modified(&image)? > modified(disk)?).then(|| overwritten(&image))
+}
+
+/// The layer that is the disk in an image's place.
+pub fn layer_over(image: &Path, format: &str, roots: &ImageRoots) -> Option<PathBuf> {
+    let (directory, name) = roots.directory_of(image).ok()?;
+    let layer = layer_on(&name, format);
+    let below = header(&directory, &layer).ok()?.backing?;
+    // Its backing file may be a layer that was snapshotted since: what lies on the image is told by the name.
+    (below == name || below.starts_with(&layer)).then(|| directory.join(&layer))
+}
+
+/// What a disk that was last known as `disk` is by now.
+#[must_use]
+pub fn now(disk: &KnownDisk, roots: &ImageRoots) -> KnownDisk {
+    let (path, format) = if FORMATS.contains(&disk.format.as_str()) {
+        (layer_over(&disk.path, &disk.format, roots), "qcow2")
+    } else {
+        let is_gone = |path: &Path| {
+            let found = roots.directory_of(path).and_then(|(directory, name)| directory.id(&name));
+            matches!(found, Ok(None))
+        };
+        match image_below(&disk.path).filter(|_| is_gone(&disk.path)) {
+            Some((image, format)) => (Some(image).filter(|image| !is_gone(image)), format),
+            None => (None, ""),
+        }
+    };
+    match path {
+        Some(path) => KnownDisk { path, format: format.to_owned(), ..disk.clone() },
+        None => disk.clone(),
+    }
 }

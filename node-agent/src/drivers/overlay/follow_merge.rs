@@ -11,7 +11,8 @@ use super::place::Place;
 use super::state::State;
 use crate::drivers::{DriverError, Env, Removal, Result, qemu};
 use crate::hypervisor::Vm;
-use crate::hypervisor::image::ImageDirectory;
+use crate::hypervisor::disks::{Disks, disks};
+use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 
 /// Takes one step of removing a disk's layer.
 pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
@@ -64,10 +65,23 @@ pub fn begin(directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -
 /// the cut, or was started with its old command line.
 pub async fn leave(directory: &ImageDirectory, state: &State) -> Result<Removal> {
     if state.begun || !follow::is_empty(directory, &state.disk_file).await? {
-        return Err(follow::not_followed(directory, state));
+        return Err(follow::left_behind(directory, state));
     }
     directory.unlink(&state.disk_file)?;
     Ok(Removal::Again)
+}
+
+/// Fails if the VM was restarted since the cut, and not with the layer.
+pub async fn refuse_if_left(vm: &Vm, roots: &ImageRoots, directory: &ImageDirectory, state: &State) -> Result<()> {
+    let Disks { found, graph, .. } = disks(vm, roots).await.map_err(qemu("read the disks"))?;
+    if graph.node(&state.layer_node()).is_some() {
+        return Ok(());
+    }
+    let image = directory.join(&state.layer);
+    if found.iter().any(|disk| disk.facts.path.as_ref() == Ok(&image)) {
+        return Err(DriverError::Verify(follow::left_behind(directory, state).to_string()));
+    }
+    follow::refuse_if_touched(directory, state).await
 }
 
 /// What to say of a disk whose nodes QEMU named itself.

@@ -135,6 +135,9 @@ async fn hand_on(env: &Env<'_>, directory: &ImageDirectory, state: &State, mergi
     }
     if directory.holds(&merging.above, merging.above_id)? {
         sync_images(directory, state)?;
+        if state.keeps_name() {
+            directory.touch(&state.disk_file)?;
+        }
         directory.unlink(&merging.above)?;
     }
     close_leftovers(env, state).await
