@@ -25,7 +25,7 @@ use super::lvm::volume::Volume;
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Need, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots, trusted_directory};
-use parameters::{DIRECTORY, Format, OUTPUT_TEMPLATE, Parameters, TARGETS};
+use parameters::{DIRECTORY, Format, OUTPUT_TEMPLATE, Parameters, TARGET_GROUPS, TARGETS};
 
 /// The driver.
 pub struct Copy;
@@ -117,6 +117,7 @@ fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result
     if let Some(volume) = task.target.as_ref().and_then(|target| volume::named(target, parameters)) {
         let volume = volume?;
         let (root, file) = (Path::new("/dev").join(volume.group()), volume.name().to_owned());
+        beneath_root(TARGET_GROUPS, &root)?;
         return Ok(Place { root, beneath: None, file, owned: true, volume: Some(volume) });
     }
     if let Some(file) = task.target.clone() {
