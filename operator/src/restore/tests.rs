@@ -316,15 +316,34 @@ fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
 
 #[test]
 fn a_node_that_does_not_answer_is_told_of() {
-    let silent =
-        |observed: &Observed, now| told(&plan(observed, at(now))).message.as_ref().unwrap().contains("doesn't answer");
+    let silent = |observed: &Observed, now| {
+        let actions = plan(observed, at(now));
+        let told = told(&actions);
+        let silent = told.message.as_ref().unwrap().contains("doesn't answer");
+        let removed = find(&told.conditions, types::REMOVED).map(|condition| condition.reason.as_str());
+        assert_eq!(removed.unwrap_or_else(|| reason(told)) == reasons::NODE_NOT_RESPONDING, silent);
+        silent
+    };
     let mut observed = at_step(observed(in_place()), RestoreStep::Stop, None);
+    observed.restore.status.get_or_insert_default().phase = RestorePhase::Stopping;
     let content = observed.content.as_mut().unwrap();
     content.status = None;
     content.metadata.creation_timestamp = Some(Time(at(100)));
-    let patience = 300 + i64::try_from(std::time::Duration::from(content.spec.stop_timeout).as_secs()).unwrap();
-    assert!(!silent(&observed, 100 + patience));
-    assert!(silent(&observed, 101 + patience));
+    assert!(!silent(&observed, 400));
+    assert!(silent(&observed, 401));
+
+    // It goes on, dies with disks half back, and comes back: nothing but what is told changes.
+    let mut restoring = observed.clone();
+    let content = restoring.content.as_mut().unwrap();
+    content.spec.step = RestoreStep::Restore;
+    content.status.get_or_insert_default().last_report_time = Some(Time(at(500)));
+    assert!(!silent(&restoring, 1000), "it has just been told to");
+    restoring.restore.status.get_or_insert_default().phase = RestorePhase::Restoring;
+    assert!(!silent(&restoring, 800));
+    assert!(silent(&restoring, 801));
+    assert!(plan(&restoring, at(9000)).iter().all(|action| matches!(action, Action::WriteStatus(_))));
+    restoring.content.as_mut().unwrap().status.as_mut().unwrap().last_report_time = Some(Time(at(900)));
+    assert!(!silent(&restoring, 901));
 
     observed.restore.metadata.deletion_timestamp = Some(Time(at(2000)));
     assert!(!silent(&observed, 2300));
