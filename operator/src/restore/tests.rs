@@ -1,5 +1,6 @@
 //! What is decided about a restore, row by row.
 
+use freezeframe_api::RESTORED_BY_ANNOTATION;
 use freezeframe_api::conditions::{find, is_true, reasons, types};
 use freezeframe_api::v1alpha1::{
     ContentPhase, Phase, RestoreContentPhase, RestorePhase, RestoreStep, VMRestore, VMRestoreContent, VMRestoreStatus,
@@ -128,6 +129,26 @@ fn nothing_is_overwritten_on_the_word_for_another_snapshot() {
         assert!(made(&actions).is_none(), "{actions:?}");
         assert_eq!((told(&actions).phase, reason(told(&actions))), (RestorePhase::Failed, reasons::NOT_CONFIRMED));
     }
+}
+
+#[test]
+fn a_restore_puts_its_mark_on_its_snapshot_before_the_work_order_and_once() {
+    let marks = |observed: &Observed| {
+        let is_mark = |action: &Action| matches!(action, Action::MarkSnapshot(_));
+        let is_order = |action: &Action| matches!(action, Action::CreateContent(_));
+        let actions = plan(observed, at(200));
+        (actions.iter().position(is_mark), actions.iter().position(is_order).unwrap())
+    };
+    let mut observed = observed(in_place());
+    let (mark, order) = marks(&observed);
+    assert!(mark.is_some_and(|mark| mark < order));
+    let mut annotate = |uid: &str| {
+        let snapshot = observed.snapshot.as_mut().unwrap();
+        snapshot.metadata.annotations = Some([(RESTORED_BY_ANNOTATION.to_owned(), uid.to_owned())].into());
+        marks(&observed).0.is_some()
+    };
+    assert!(!annotate("0b0c0d0e-f"));
+    assert!(annotate("another"));
 }
 
 #[test]
