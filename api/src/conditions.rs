@@ -150,6 +150,8 @@ pub mod reasons {
     pub const PRE_RESTORE_FAILED: &str = "PreRestoreFailed";
     /// A disk couldn't be brought back; the VM is as it was.
     pub const RESTORE_FAILED: &str = "RestoreFailed";
+    /// The node that has the work order is silent: what became of it isn't known.
+    pub const NODE_NOT_RESPONDING: &str = "NodeNotResponding";
     /// A dry run: nothing was done.
     pub const PLANNED: &str = "Planned";
     /// `hold: true` keeps the snapshot.

@@ -55,6 +55,11 @@ pub const SCHEDULED_TIME_ANNOTATION: &str = "freezeframe.dev/scheduled-time";
 /// Annotation on a [`v1alpha1::VMSnapshotClass`] that stops everything of that class in an emergency, with the value
 /// `"true"`: no snapshot is begun, schedules take none, and retention removes none.
 pub const PAUSED_ANNOTATION: &str = "freezeframe.dev/paused";
+
+/// Annotation on a snapshot: UID of the restore that was last begun with it. Written before the work order, so that
+/// whoever decided to delete the snapshot by an earlier version of it is refused.
+pub const RESTORED_BY_ANNOTATION: &str = "freezeframe.dev/restored-by";
+
 /// Label on a restore's content, and on the snapshot that keeps what it replaced: namespace of the restore.
 pub const RESTORE_NAMESPACE_LABEL: &str = "freezeframe.dev/restore-namespace";
 

@@ -1,13 +1,22 @@
 //! Getting data back, of a guest that writes all the while. Needs `cargo xtask setup`.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use freezeframe_api::RESTORED_BY_ANNOTATION;
 use freezeframe_api::conditions::{find, reasons, types};
-use freezeframe_api::v1alpha1::{BootResult, RestorePhase, RunState, VMRestore, VMSnapshot, VMSnapshotClass, VMTarget};
+use freezeframe_api::v1alpha1::{
+    BootResult, RestorePhase, RestoredDiskState, RunState, VMRestore, VMRestoreContent, VMSnapshot, VMSnapshotClass,
+    VMTarget,
+};
 use freezeframe_e2e::restores::{restore_phase, restored_images};
 use freezeframe_e2e::snapshots::{checksums, files, has_ended, images};
-use freezeframe_e2e::{Cache, Disk, Format, World, WorldConfig, await_object, witness};
+use freezeframe_e2e::{
+    Cache, Disk, DiskSpec, Filesystem, Format, Load, Place, World, WorldConfig, await_condition, await_object, run,
+    witness,
+};
 use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use serde_json::json;
@@ -162,4 +171,133 @@ async fn a_snapshot_is_seen_to_boot_while_its_vm_goes_on() -> Result<()> {
     ensure!(status.ready_to_use && found.result == BootResult::AgentAnswered, "{found:?}");
     witness::check(&images(&taken)?)?.ensure_frozen()?;
     world.guest()?.await_records(10, SOON).await.map(drop)
+}
+
+/// Every driver in one VM: what is brought back in place is of one instant, and so is what undoes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_of_mixed_layers_is_put_back_to_one_instant_boots_and_is_undone() -> Result<()> {
+    let layers = [
+        (Place::Plain, Format::Qcow2, "overlay"),
+        (Place::Xfs, Format::Raw, "reflink"),
+        (Place::Btrfs, Format::Qcow2, "btrfs"),
+        (Place::Plain, Format::Raw, "copy"),
+    ];
+    let filesystems = [Filesystem::Ext4, Filesystem::Xfs].into_iter().cycle();
+    let disk = |(layer, filesystem): (&(Place, Format, &str), _)| DiskSpec { format: layer.1, filesystem, mib: 320 };
+    let mut world = World::start(WorldConfig {
+        disks: layers.iter().zip(filesystems).map(disk).collect(),
+        places: layers.iter().map(|layer| layer.0).collect(),
+        load: Load::Row,
+        ..WorldConfig::default()
+    })
+    .await?;
+    let copy = json!({"name": "copy", "parameters": {"directory": world.copies()?}});
+    world.apply_class("layers", &json!([{"name": "btrfs"}, {"name": "reflink"}, {"name": "overlay"}, copy]))?;
+    world.guest()?.await_records(20, SOON).await?;
+    let taken = world.take("yesterday", json!({"vmName": VM, "className": "layers"})).await?;
+    let drivers: Vec<_> = taken.status.iter().flat_map(|status| &status.disks).map(|disk| &*disk.driver.0).collect();
+    ensure!(drivers == layers.map(|layer| layer.2), "{}", world.with_logs(anyhow::anyhow!("{:#?}", taken.status)));
+    let then = checksums(&images(&taken)?)?;
+    world.guest()?.await_records(20, SOON).await?;
+
+    let restored = world.restore_in_place("back", &taken).await?;
+    let stopped = world.guest.take().context("a guest")?.await_end().await?;
+    let durable = stopped.records_written();
+    ensure!(checksums(&restored_images(&restored))? == then, "not the data of the snapshot");
+    witness::check(&restored_images(&restored))?.ensure_row_of_one_instant()?;
+    let guest = stopped.restart_same_command_line().await?;
+    guest.await_records(10, SOON).await?;
+    guest.quit()?;
+
+    let undone = world.restore_in_place("undo", &before_of(&world, &restored).await?).await?;
+    let report = witness::check(&restored_images(&undone))?;
+    report.ensure_row_of_one_instant()?;
+    let found: Vec<_> = report.disks.iter().map(|disk| disk.records.whole).collect();
+    ensure!(found.iter().all(|count| *count >= durable), "told durable: {durable}, found: {found:?}");
+    Ok(())
+}
+
+/// The agent's `qemu-img` copies as slowly as on a busy disk; returns where its process id is put down.
+async fn copy_slowly(world: &mut World) -> Result<PathBuf> {
+    let real = run("which", ["qemu-img"])?;
+    let (tools, pid) = (world.directory().join("tools"), world.directory().join("copying"));
+    std::fs::create_dir_all(&tools)?;
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = convert ] || exec {real} \"$@\"\nshift; echo $$ > {pid}.new; mv {pid}.new {pid}\n\
+         exec {real} convert -m 1 -r 256K \"$@\"\n",
+        real = real.trim(),
+        pid = pid.display(),
+    );
+    std::fs::write(tools.join("qemu-img"), script)?;
+    std::fs::set_permissions(tools.join("qemu-img"), std::fs::Permissions::from_mode(0o755))?;
+    let path = format!("{}:{}", tools.display(), std::env::var("PATH")?);
+    world.programs.agent.restart_with("PATH", path)?;
+    world.programs.agent.await_ready().await?;
+    Ok(pid)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_restore_tells_how_far_it_is_and_deleting_it_ends_the_copy() -> Result<()> {
+    let (mut world, snapshot) = world_with_a_past().await?;
+    let found = files(&world.image_directory(VM))?;
+    let pid = copy_slowly(&mut world).await?;
+    world.apply_restore("slow", &snapshot, json!({"target": {"newVM": "copy-1"}, "mode": "Full"})).await?;
+    let copying = |restore: &VMRestore| {
+        let mut disks = restore.status.iter().flat_map(|status| &status.disks);
+        restore_phase(restore) == Some(RestorePhase::Restoring)
+            && disks.any(|disk| {
+                disk.state == RestoredDiskState::Copying && disk.progress_percent.is_some_and(|p| (1..100).contains(&p))
+            })
+    };
+    let seen = await_object(&world.restores(), "slow", "progress of the copy", SOON, copying).await;
+    let seen = seen.map_err(|error| world.with_logs(error))?;
+    let process = Path::new("/proc").join(std::fs::read_to_string(&pid)?.trim());
+    ensure!(process.exists(), "nothing copies");
+    let content = seen.status.and_then(|status| status.content_name).context("no content")?;
+    let content: VMRestoreContent = Api::all(world.client.clone()).get(&content).await?;
+    ensure!(content.status.is_some_and(|status| status.last_report_time.is_some()), "the node says not that it lives");
+    let marked = world.read_snapshot("yesterday").await?.annotations().get(RESTORED_BY_ANNOTATION).cloned();
+    ensure!(marked == world.restores().get("slow").await?.uid(), "no mark on the snapshot: {marked:?}");
+    world.delete_restore("slow").await?;
+    await_condition("the restore to be gone", SOON, async || {
+        Ok(world.restores().get_opt("slow").await?.is_none().then_some(()))
+    })
+    .await
+    .map_err(|error| world.with_logs(error))?;
+    ensure!(!process.exists(), "qemu-img goes on");
+    ensure!(files(&world.image_directory(VM))? == found, "files are left");
+    world.guest()?.await_records(10, SOON).await.map(drop)
+}
+
+/// The names of a VM's disks are half changed when the agent dies, and the API is away when it starts.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_starts_finishes_what_it_had_begun_to_put_back_without_the_api() -> Result<()> {
+    let (mut world, snapshot) = world_with_a_past().await?;
+    let then = records(&images(&snapshot)?)?;
+    world.programs.agent.restart_with("FREEZEFRAME_CRASH_AT", "restore-away")?;
+    world.programs.agent.await_ready().await?;
+    let spec = json!({"confirm": snapshot.uid(), "stopVM": true, "stopTimeout": "1s"});
+    world.apply_restore("back", &snapshot, spec).await?;
+    await_condition("the agent to die", BOOTED, async || Ok((!world.programs.agent.is_running()?).then_some(())))
+        .await
+        .map_err(|error| world.with_logs(error))?;
+    let away = |name: &String| name.contains(".vmreplaced-");
+    ensure!(files(&world.image_directory(VM))?.iter().any(away), "no disk is away from its name");
+    world.control_plane.stop_apiserver()?;
+    world.programs.agent.restart()?;
+    await_condition("every disk to have its name", SOON, async || {
+        let names = files(&world.image_directory(VM))?;
+        let left = names.iter().any(|name| away(name) || name.contains(".vmrestore-"));
+        Ok((!left && disks(&world).iter().all(|disk| disk.path.exists())).then_some(()))
+    })
+    .await
+    .map_err(|error| world.with_logs(error))?;
+    ensure!(records(&disks(&world))? == then, "not the data of the snapshot");
+    let stopped = world.guest.take().context("a guest")?.await_end().await?;
+    stopped.restart_same_command_line().await?.await_records(10, SOON).await?;
+    world.control_plane.start_apiserver().await?;
+    if !world.programs.operator.is_running()? {
+        world.programs.operator.restart()?;
+    }
+    world.await_success("back").await.map(drop)
 }

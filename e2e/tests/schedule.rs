@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use freezeframe_api::SCHEDULE_UID_LABEL;
 use freezeframe_api::v1alpha1::{Phase, VMSnapshot, VMSnapshotSchedule};
 use freezeframe_e2e::snapshots::{files, images, phase};
-use freezeframe_e2e::{World, WorldConfig, await_condition, await_object, witness};
+use freezeframe_e2e::{Controllers, World, WorldConfig, await_condition, await_object, witness};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
@@ -179,4 +179,35 @@ async fn await_reason(world: &World, reason: &str) -> Result<()> {
     };
     let what = format!("to say {reason}");
     await_object(&schedules(world), "often", &what, SOON, says).await.map(drop).map_err(|error| world.with_logs(error))
+}
+
+/// The schedule owns its snapshots, and Kubernetes' own garbage collector deletes what it owned.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_snapshots_of_a_schedule_that_is_to_take_them_with_it_go_and_the_held_one_stays() -> Result<()> {
+    let world = World::start(WorldConfig { controllers: Controllers::Manager, ..WorldConfig::default() }).await?;
+    let before = files(&world.image_directory("db-1"))?;
+    apply(&world, "often", &json!({"schedule": "*/4 * * * * *", "deletionPolicy": "Delete"}))?;
+    let schedule = await_object(&schedules(&world), "often", "to be there", SOON, |_| true).await?;
+    let held = await_ready(&world, &schedule, 3).await?.pop_first().context("a first one")?;
+    patch(&world, "often", json!({"suspend": true})).await?;
+    let set_hold = |on: bool| Patch::Merge(json!({"spec": {"hold": on}}));
+    world.snapshots().patch(&held, &PatchParams::default(), &set_hold(true)).await?;
+    let at_rest = |left: &[VMSnapshot]| left.iter().all(|left| phase(left) == Some(Phase::Ready));
+    await_condition("the snapshots under way to end", SOON, async || {
+        Ok(at_rest(&made_by(&world, &schedule).await?).then_some(()))
+    })
+    .await?;
+    schedules(&world).delete("often", &DeleteParams::default()).await?;
+    let left = await_condition("the held snapshot alone to be left", SOON, async || {
+        let left = made_by(&world, &schedule).await?;
+        Ok((left.len() == 1).then_some(left))
+    })
+    .await
+    .map_err(|error| world.with_logs(error))?;
+    assert_eq!(left[0].name_any(), held);
+    witness::check(&images(&left[0])?)?.ensure_frozen()?;
+    world.snapshots().patch(&held, &PatchParams::default(), &set_hold(false)).await?;
+    world.await_gone(&held).await?;
+    assert_eq!(files(&world.image_directory("db-1"))?, before, "each layer that was made is gone");
+    world.guest()?.await_records(20, Duration::from_secs(30)).await.map(drop)
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use freezeframe_api::AGENT_MANAGER;
 use freezeframe_api::v1alpha1::{VMRestoreContentStatus, VMSnapshotContentStatus};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::core::object::HasStatus;
@@ -47,6 +47,9 @@ pub async fn call<T>(what: &str, call: impl Future<Output = kube::Result<T>>) ->
 pub trait Conditions: Clone + PartialEq + Serialize {
     /// The conditions.
     fn conditions(&mut self) -> &mut Vec<Condition>;
+
+    /// Forgets all times but the conditions'.
+    fn forget_times(&mut self) {}
 }
 
 impl Conditions for VMSnapshotContentStatus {
@@ -58,6 +61,10 @@ impl Conditions for VMSnapshotContentStatus {
 impl Conditions for VMRestoreContentStatus {
     fn conditions(&mut self) -> &mut Vec<Condition> {
         &mut self.conditions
+    }
+
+    fn forget_times(&mut self) {
+        self.last_report_time = None;
     }
 }
 
@@ -78,6 +85,7 @@ where
 
 fn timeless<S: Conditions>(status: &S) -> S {
     let mut status = status.clone();
+    status.forget_times();
     for condition in status.conditions() {
         condition.last_transition_time.0 = Timestamp::UNIX_EPOCH;
     }
@@ -93,6 +101,15 @@ fn keep_times<S: Conditions>(before: &S, status: &mut S) {
             condition.last_transition_time = old.last_transition_time.clone();
         }
     }
+}
+
+/// Says that the node is at it, now, and leaves all else that was reported as it is.
+pub async fn report_time<K: WorkOrder>(client: &Client, object: &K) -> Result<(), ReportError> {
+    let (api, name) = (Api::<K>::all(client.clone()), object.name_any());
+    let now = json!(Time(Timestamp::now()));
+    let patch = Patch::Merge(json!({"metadata": {"uid": object.uid()}, "status": {"lastReportTime": now}}));
+    let params = PatchParams::apply(AGENT_MANAGER);
+    call(&format!("status of {name}"), api.patch_status(&name, &params, &patch)).await.map(drop)
 }
 
 /// Writes an object's status. An object that is gone needs no report.

@@ -174,6 +174,11 @@ async fn what_was_held_or_is_restored_or_failed_meanwhile_is_not_removed_though_
     assert!(cluster.names().contains(&oldest.to_owned()), "the last two good ones are others now");
 
     let cluster = about_to_prune().await;
+    cluster.state().class["metadata"]["annotations"]["freezeframe.dev/paused"] = json!("true");
+    cluster.look().await.unwrap();
+    assert!(cluster.names().contains(&oldest.to_owned()), "all is paused now");
+
+    let cluster = about_to_prune().await;
     let seen = cluster.schedule();
     cluster.state().schedule["metadata"]["generation"] = json!(2);
     cluster.look_at(seen).await.unwrap();

@@ -1,6 +1,6 @@
 //! `VMRestoreContent`: the work order of a restore for one node, and the record of what was made there.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::core::Duration;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -161,6 +161,10 @@ pub struct VMRestoreContentStatus {
     /// What came of starting the restored disks. Absent unless it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootCheck>,
+    /// When the node last said that it is at it, by its own clock: once a minute, whatever it waits for. Absent before
+    /// the first time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_report_time: Option<Time>,
     /// `Accepted`, `Ready`, and from the deletion on `Removed`: True when what wasn't finished has been taken back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

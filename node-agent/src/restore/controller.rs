@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreStep, VMRestoreContent, VMRestoreContentStatus};
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::runtime::controller::Action;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{Span, info_span};
 
 use super::order::RestoreOrder;
@@ -13,11 +15,13 @@ use super::record::{RestoreRecord, Stage};
 use super::{Restores, Turn};
 use crate::hypervisor::VmKey;
 use crate::orders::{NotAsked, OrderError, Orders, TRY_AGAIN, Work};
-use crate::report::{report, write_status};
+use crate::report::{report, report_time, write_status};
 use crate::session::Progress;
 use crate::session::journal::{Journal, JournalError};
 use crate::session::outcome::chain;
 
+/// How often the API is told that the node is at it.
+const HEARTBEAT: Duration = Duration::from_secs(60);
 /// Shortest time between two reports of a copy's progress.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
@@ -71,8 +75,15 @@ impl Work for Restores {
         if record.as_ref().is_none_or(|record| !record.is_unsettled()) && is_reported_over(content) {
             return Ok(Action::await_change());
         }
-        let _turns = orders.turns(order).await;
-        let Some(turn) = work(orders, content, order).await? else { return Ok(Action::await_change()) };
+        let working = async {
+            let _turns = orders.turns(order).await;
+            work(orders, content, order).await
+        };
+        let turn = tokio::select! {
+            turn = working => turn?,
+            () = beat(orders, content) => None,
+        };
+        let Some(turn) = turn else { return Ok(Action::await_change()) };
         let (status, action) = match turn {
             Turn::Over(status) => (status, Action::await_change()),
             Turn::Again(status) => (status, Action::requeue(TRY_AGAIN)),
@@ -111,6 +122,20 @@ fn is_reported_over(content: &VMRestoreContent) -> bool {
         Some(RestoreContentPhase::Restoring) | None => false,
     };
     over && status.observed_generation == content.metadata.generation
+}
+
+/// Never ends: as long as this agent is at it, even if it only waits for the VM's turn, the API is told.
+async fn beat(orders: &Orders<Restores>, content: &VMRestoreContent) {
+    let told = content.status.as_ref().and_then(|status| status.last_report_time.as_ref());
+    let since = told.and_then(|told| Duration::try_from(Timestamp::now().duration_since(told.0)).ok());
+    let due = since.map_or(Duration::ZERO, |since| HEARTBEAT.saturating_sub(since));
+    let mut beat = tokio::time::interval_at(Instant::now() + due, HEARTBEAT);
+    loop {
+        beat.tick().await;
+        if let Err(error) = report_time(&orders.context.client, content).await {
+            tracing::debug!(error = chain(&error), "nobody is told that the restore is worked on");
+        }
+    }
 }
 
 /// Works on a restore and reports its progress; none if the agent is to stop.

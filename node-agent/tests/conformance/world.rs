@@ -133,12 +133,6 @@ impl World {
         self.machine = Some(machine);
     }
 
-    /// Gives QEMU to whoever manages it elsewhere.
-    #[allow(dead_code, reason = "the restore suite does")]
-    pub fn give(&mut self) -> Machine {
-        self.machine.take().unwrap()
-    }
-
     pub async fn quit(&mut self) {
         self.machine.take().unwrap().quit().await;
     }

@@ -51,7 +51,7 @@ async fn the_agent_that_copies() {
     let cancelled = async {
         await_file(&run.join("cancel")).await;
         wish.cancel();
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     let turn = tokio::select! {
         turn = restores.advance(&order, &wish, &told) => turn.unwrap(),

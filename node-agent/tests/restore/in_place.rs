@@ -132,7 +132,9 @@ async fn a_vm_whose_manager_starts_it_again_is_not_restored_over() {
     let mut lab = Lab::of(case).await;
     lab.world.write().await;
     let (old, _) = lab.snapshot(case.driver, 1).await;
-    let (first, directory, disks) = (lab.world.give(), lab.world.directory(), lab.world.disks.clone());
+    lab.world.quit().await;
+    let (directory, disks) = (lab.world.directory(), lab.world.disks.clone());
+    let first = Machine::start(&directory, &disks).await;
     let manager = tokio::spawn(async move {
         first.ended().await;
         Machine::start(&directory, &disks).await

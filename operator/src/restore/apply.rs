@@ -4,7 +4,7 @@ use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::{
     RestorePhase, RestoreStep, SnapshotContentRef, VMRestore, VMRestoreContent, VMRestoreStatus, VMSnapshot,
 };
-use freezeframe_api::{CONTENT_FINALIZER, OPERATOR_MANAGER, RESTORE_FINALIZER};
+use freezeframe_api::{CONTENT_FINALIZER, OPERATOR_MANAGER, RESTORE_FINALIZER, RESTORED_BY_ANNOTATION};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource as _, ResourceExt as _};
@@ -22,6 +22,7 @@ pub async fn apply(restore: &VMRestore, actions: Vec<Action>, ctx: &Context) -> 
     for action in actions {
         match action {
             Action::AddFinalizer => writer.add_finalizer().await?,
+            Action::MarkSnapshot(snapshot) => writer.mark(&snapshot).await?,
             Action::CreateContent(content) => writer.create_content(&content).await?,
             Action::CreateSnapshot(snapshot) => writer.create_snapshot(&snapshot).await?,
             Action::SetStep { content, step, before } => writer.set_step(&content, step, before).await?,
@@ -66,6 +67,17 @@ impl Writer<'_> {
             self.remember(&written);
         }
         Ok(written)
+    }
+
+    async fn mark(&self, snapshot: &VMSnapshot) -> Result<(), Error> {
+        let patch = Patch::Merge(json!({"metadata": {
+            "uid": snapshot.metadata.uid,
+            "resourceVersion": snapshot.metadata.resource_version,
+            "annotations": {RESTORED_BY_ANNOTATION: self.restore.metadata.uid},
+        }}));
+        let api = Api::<VMSnapshot>::namespaced(self.ctx.client.clone(), &self.namespace());
+        let (name, params) = (snapshot.name_any(), by_operator());
+        bounded("marking the snapshot that is restored", api.patch_metadata(&name, &params, &patch)).await.map(drop)
     }
 
     async fn create_content(&self, content: &VMRestoreContent) -> Result<(), Error> {

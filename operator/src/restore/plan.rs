@@ -1,11 +1,11 @@
 //! Decides what to do about a restore. Pure: from what was observed and the time of day.
 
-use freezeframe_api::RESTORE_FINALIZER;
 use freezeframe_api::conditions::{find, is_true, reasons, types};
 use freezeframe_api::v1alpha1::{
     Phase, RestoreContentPhase, RestoreDirectory, RestorePhase, RestoreStep, SnapshotContentRef, VMRestore,
     VMRestoreContent, VMRestoreStatus, VMSnapshot, VMSnapshotContent,
 };
+use freezeframe_api::{RESTORE_FINALIZER, RESTORED_BY_ANNOTATION};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
@@ -19,6 +19,9 @@ use super::{is_settled, order};
 pub enum Action {
     /// Put the operator's finalizer on the restore, before there is anything to clean up.
     AddFinalizer,
+    /// Put the restore's mark on the very version of its snapshot that was seen ready: retention that has decided on that
+    /// version can't delete it any more, and decides anew with the restore in sight.
+    MarkSnapshot(Box<VMSnapshot>),
     /// Give the work order.
     CreateContent(Box<VMRestoreContent>),
     /// Have the VM's present state kept.
@@ -98,6 +101,7 @@ fn start(observed: &Observed, now: Timestamp) -> Vec<Action> {
             if !restore.finalizers().iter().any(|finalizer| finalizer == RESTORE_FINALIZER) {
                 actions.push(Action::AddFinalizer);
             }
+            actions.extend(mark(observed));
             actions.push(Action::CreateContent(Box::new(content.clone())));
             actions.extend(write(restore, Verdict::Ordered { content: &content, source }, now));
             actions
@@ -115,6 +119,13 @@ enum Obstacle {
     Waits(&'static str, String),
     /// It won't.
     Fatal(&'static str, String),
+}
+
+/// None where an earlier try has put it there.
+fn mark(observed: &Observed) -> Option<Action> {
+    let snapshot = observed.snapshot.as_ref()?;
+    let marked = snapshot.annotations().get(RESTORED_BY_ANNOTATION) == observed.restore.metadata.uid.as_ref();
+    (!marked).then(|| Action::MarkSnapshot(Box::new(snapshot.clone())))
 }
 
 /// The content of the snapshot by which the work order can be given.

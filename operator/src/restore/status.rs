@@ -104,9 +104,10 @@ impl Draft<'_> {
     fn under_way(&mut self, content: &VMRestoreContent, phase: RestorePhase) {
         self.carry(content);
         let node = &content.spec.node_name;
-        let silent = content.status.is_none() && self.is_overdue(content);
         let message = match phase {
-            _ if silent => unanswered(node),
+            _ if self.is_silent(content, phase) => {
+                return self.proceed(phase, reasons::NODE_NOT_RESPONDING, unanswered(node));
+            }
             RestorePhase::Stopping => format!("Node {node} sees to it that VM {} doesn't run.", content.spec.vm_name),
             RestorePhase::Saving => {
                 let before = order::before_name(self.restore);
@@ -120,12 +121,13 @@ impl Draft<'_> {
         self.proceed(phase, reasons::IN_PROGRESS, message);
     }
 
-    /// Whether the node has had all the time that a guest may take to shut down, and more.
-    fn is_overdue(&self, content: &VMRestoreContent) -> bool {
-        let given = content.metadata.creation_timestamp.as_ref();
-        let patience = SignedDuration::try_from(std::time::Duration::from(content.spec.stop_timeout))
-            .unwrap_or(SignedDuration::MAX);
-        given.is_some_and(|given| self.now.duration_since(given.0) > patience.saturating_add(ANSWER_PATIENCE))
+    /// Whether the node should have said something and hasn't: since it got the order, or said last that it is at it.
+    /// While the state of before is kept it has nothing to say.
+    fn is_silent(&self, content: &VMRestoreContent, phase: RestorePhase) -> bool {
+        let just_told = phase == RestorePhase::Saving || self.status.phase != phase;
+        let reported = content.status.as_ref().and_then(|status| status.last_report_time.as_ref());
+        let heard = reported.or(content.metadata.creation_timestamp.as_ref());
+        !just_told && heard.is_some_and(|heard| self.now.duration_since(heard.0) > ANSWER_PATIENCE)
     }
 
     fn planned(&mut self, content: &VMRestoreContent) {
@@ -173,12 +175,13 @@ impl Draft<'_> {
         let told = removed.filter(|condition| condition.reason == reasons::DELETE_FAILED);
         let node = &content.spec.node_name;
         let waits = self.restore.metadata.deletion_timestamp.as_ref().map(|since| self.now.duration_since(since.0));
-        let message = match told {
-            Some(condition) => condition.message.clone(),
-            None if removed.is_none() && waits > Some(ANSWER_PATIENCE) => unanswered(node),
-            None => format!("Node {node} takes back what isn't finished."),
+        let (reason, message) = match told {
+            Some(condition) => (reasons::DELETE_FAILED, condition.message.clone()),
+            None if removed.is_none() && waits > Some(ANSWER_PATIENCE) => {
+                (reasons::NODE_NOT_RESPONDING, unanswered(node))
+            }
+            None => (reasons::IN_PROGRESS, format!("Node {node} takes back what isn't finished.")),
         };
-        let reason = told.map_or(reasons::IN_PROGRESS, |_| reasons::DELETE_FAILED);
         self.status.phase = RestorePhase::Deleting;
         self.set(types::REMOVED, false, reason, message.clone());
         self.status.message = Some(message);
@@ -189,7 +192,7 @@ impl Draft<'_> {
         self.status.content_name = Some(content.name_any());
         self.status.node_name = Some(content.spec.node_name.to_string());
         // No `..`: a new field of a node's report doesn't compile until it is shown to the user, or left out on purpose.
-        let VMRestoreContentStatus { observed_generation: _, phase: _, disks, boot, conditions } =
+        let VMRestoreContentStatus { observed_generation: _, phase: _, disks, boot, last_report_time: _, conditions } =
             content.status.clone().unwrap_or_default();
         self.status.disks = disks;
         self.status.boot = boot;

@@ -1,5 +1,6 @@
 //! What is decided about a restore, row by row.
 
+use freezeframe_api::RESTORED_BY_ANNOTATION;
 use freezeframe_api::conditions::{find, is_true, reasons, types};
 use freezeframe_api::v1alpha1::{
     ContentPhase, Phase, RestoreContentPhase, RestorePhase, RestoreStep, VMRestore, VMRestoreContent, VMRestoreStatus,
@@ -128,6 +129,26 @@ fn nothing_is_overwritten_on_the_word_for_another_snapshot() {
         assert!(made(&actions).is_none(), "{actions:?}");
         assert_eq!((told(&actions).phase, reason(told(&actions))), (RestorePhase::Failed, reasons::NOT_CONFIRMED));
     }
+}
+
+#[test]
+fn a_restore_puts_its_mark_on_its_snapshot_before_the_work_order_and_once() {
+    let marks = |observed: &Observed| {
+        let is_mark = |action: &Action| matches!(action, Action::MarkSnapshot(_));
+        let is_order = |action: &Action| matches!(action, Action::CreateContent(_));
+        let actions = plan(observed, at(200));
+        (actions.iter().position(is_mark), actions.iter().position(is_order).unwrap())
+    };
+    let mut observed = observed(in_place());
+    let (mark, order) = marks(&observed);
+    assert!(mark.is_some_and(|mark| mark < order));
+    let mut annotate = |uid: &str| {
+        let snapshot = observed.snapshot.as_mut().unwrap();
+        snapshot.metadata.annotations = Some([(RESTORED_BY_ANNOTATION.to_owned(), uid.to_owned())].into());
+        marks(&observed).0.is_some()
+    };
+    assert!(!annotate("0b0c0d0e-f"));
+    assert!(annotate("another"));
 }
 
 #[test]
@@ -316,15 +337,34 @@ fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
 
 #[test]
 fn a_node_that_does_not_answer_is_told_of() {
-    let silent =
-        |observed: &Observed, now| told(&plan(observed, at(now))).message.as_ref().unwrap().contains("doesn't answer");
+    let silent = |observed: &Observed, now| {
+        let actions = plan(observed, at(now));
+        let told = told(&actions);
+        let silent = told.message.as_ref().unwrap().contains("doesn't answer");
+        let removed = find(&told.conditions, types::REMOVED).map(|condition| condition.reason.as_str());
+        assert_eq!(removed.unwrap_or_else(|| reason(told)) == reasons::NODE_NOT_RESPONDING, silent);
+        silent
+    };
     let mut observed = at_step(observed(in_place()), RestoreStep::Stop, None);
+    observed.restore.status.get_or_insert_default().phase = RestorePhase::Stopping;
     let content = observed.content.as_mut().unwrap();
     content.status = None;
     content.metadata.creation_timestamp = Some(Time(at(100)));
-    let patience = 300 + i64::try_from(std::time::Duration::from(content.spec.stop_timeout).as_secs()).unwrap();
-    assert!(!silent(&observed, 100 + patience));
-    assert!(silent(&observed, 101 + patience));
+    assert!(!silent(&observed, 400));
+    assert!(silent(&observed, 401));
+
+    // It goes on, dies with disks half back, and comes back: nothing but what is told changes.
+    let mut restoring = observed.clone();
+    let content = restoring.content.as_mut().unwrap();
+    content.spec.step = RestoreStep::Restore;
+    content.status.get_or_insert_default().last_report_time = Some(Time(at(500)));
+    assert!(!silent(&restoring, 1000), "it has just been told to");
+    restoring.restore.status.get_or_insert_default().phase = RestorePhase::Restoring;
+    assert!(!silent(&restoring, 800));
+    assert!(silent(&restoring, 801));
+    assert!(plan(&restoring, at(9000)).iter().all(|action| matches!(action, Action::WriteStatus(_))));
+    restoring.content.as_mut().unwrap().status.as_mut().unwrap().last_report_time = Some(Time(at(900)));
+    assert!(!silent(&restoring, 901));
 
     observed.restore.metadata.deletion_timestamp = Some(Time(at(2000)));
     assert!(!silent(&observed, 2300));

@@ -1,22 +1,23 @@
 //! Removes the snapshots that no rule keeps. What a cache says is never reason enough: it may be minutes old.
 //!
-//! Schedule, snapshots and restores are read anew from the server, by quorum; the decision is made again on that; what was
-//! decided both times is deleted, and only in the version that was just read.
+//! Schedule, snapshots, restores and classes are read anew from the server, by quorum; the decision is made again on that;
+//! what was decided both times is deleted, and only in the version that was just read. A restore that is created between
+//! the two puts its mark on its snapshot before anything is done, so that the version is another one.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use freezeframe_api::SCHEDULE_UID_LABEL;
-use freezeframe_api::v1alpha1::{RestorePhase, VMRestore, VMSnapshot, VMSnapshotSchedule};
+use freezeframe_api::v1alpha1::{RestorePhase, VMRestore, VMSnapshot, VMSnapshotClass, VMSnapshotSchedule};
 use kube::api::ListParams;
 use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource as _, ResourceExt as _};
 use tracing::warn;
 
 use super::judgement::{judgements, removed};
-use super::observe::Observed;
+use super::observe::{Classes, Observed};
 use super::timing::Timing;
-use super::{apply, made, observe};
+use super::{apply, made};
 use crate::context::Context;
 use crate::error::{Error, bounded, unless_gone};
 use crate::events;
@@ -38,7 +39,7 @@ pub async fn prune(ctx: &Context, planned: &VMSnapshotSchedule, names: &BTreeSet
     let listed = bounded("listing the schedule's snapshots", snapshots.list(&selector)).await?;
     let observed = Observed {
         restored: restored(ctx, &namespace).await?, // After the list, so that it knows all restores of what is in it.
-        classes: observe::classes(&ctx.caches),
+        classes: classes(ctx).await?,
         vms: Ok(vec![]),
         snapshots: listed.items.into_iter().filter(|snapshot| made::is_of(&schedule, snapshot)).collect(),
         schedule: Arc::new(schedule),
@@ -70,6 +71,13 @@ fn expired(schedule: &VMSnapshotSchedule) -> Event {
         note: Some(format!("No rule of VMSnapshotSchedule {} keeps the snapshot.", schedule.name_any())),
         secondary: Some(schedule.object_ref(&())),
     }
+}
+
+/// Whether everything was stopped a moment ago, the server knows best. A class that can't be read stops everything too.
+async fn classes(ctx: &Context) -> Result<Classes, Error> {
+    let api = Api::<VMSnapshotClass>::all(ctx.client.clone());
+    let listed = bounded("listing classes", api.list(&ListParams::default())).await?;
+    Ok(Classes::new(listed.iter()))
 }
 
 /// Names of the snapshots that restores need, as the server says.

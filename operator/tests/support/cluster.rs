@@ -23,6 +23,7 @@ pub struct State {
     pub schedule: Value,
     pub snapshots: BTreeMap<String, Value>,
     pub restores: Value,
+    pub class: Value,
     /// Names in the order in which they were created, and deleted.
     pub created: Vec<String>,
     pub deleted: Vec<String>,
@@ -67,6 +68,7 @@ impl Cluster {
                 "metadata": metadata, "spec": spec}),
             snapshots: BTreeMap::new(),
             restores: json!([]),
+            class: serde_json::to_value(objects::class()).unwrap(),
             created: vec![],
             deleted: vec![],
             calls: vec![],
@@ -196,13 +198,17 @@ fn answer(call: Call, state: &mut State) {
     let path = call.path.clone();
     let name = path.rsplit('/').next().unwrap().to_owned();
     let method = call.method.clone();
-    if !path.ends_with("/events") && !path.ends_with("/vmrestores") {
+    if !["/events", "/vmrestores", "/vmsnapshotclasses"].iter().any(|quiet| path.ends_with(quiet)) {
         state.calls.push(format!("{method} {}", path.rsplit("/shop/").next().unwrap()));
     }
     match (method, path.as_str()) {
         (_, path) if path.ends_with("/events") => call.fail(503, "ServiceUnavailable"),
         (_, path) if path.ends_with("/vmrestores") => {
             let items = state.restores.clone();
+            call.answer(&json!({"metadata": {}, "items": items}));
+        }
+        (_, path) if path.ends_with("/vmsnapshotclasses") => {
+            let items = [state.class.clone()];
             call.answer(&json!({"metadata": {}, "items": items}));
         }
         (Method::POST, _) => create(call, state),
