@@ -16,6 +16,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 
 use crate::cases::Case;
 use crate::lab::{Lab, Wish, restores, why};
@@ -44,6 +45,7 @@ async fn the_agent_that_copies() {
         drivers: Drivers::default(),
         stopped: StoppedVms::with_files_only(),
         boots,
+        space: SpaceWatch::default(),
     };
     let restores = restores(&sessions, &run.join("restores"));
     let wish = Wish::default();
