@@ -100,7 +100,13 @@ async fn merge_above(
     }
     daemon.hold(if over.is_some() { "over" } else { "above" }).await.map_err(|error| offline(&error))?;
     match over {
-        Some(_) => commit_middle(&daemon, state).await?,
+        Some(_) => {
+            commit_middle(&daemon, state).await?;
+            if state.format == "qcow2" {
+                let size = header(directory, &state.layer)?.virtual_size;
+                daemon.write_out("base", size).await.map_err(|error| offline(&error))?;
+            }
+        }
         None => commit_disk(&daemon, directory, state).await?,
     }
     daemon.stop().await.map_err(|error| offline(&error))?;
