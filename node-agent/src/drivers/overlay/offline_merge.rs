@@ -50,6 +50,10 @@ pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State)
 
 /// Names of the images of a disk, top first, as far as they are in its own directory.
 fn chain(directory: &ImageDirectory, state: &State) -> Result<Vec<String>> {
+    if !state.keeps_name() && directory.id(&state.disk_file)?.is_none() {
+        // Its owner deleted the disk: nothing but another image can need the snapshot's file.
+        return Ok(vec![]);
+    }
     let mut names = vec![state.disk_file.clone()];
     while let Some(backing) = header(directory, &names[names.len() - 1])?.backing {
         if backing.contains('/') || directory.id(&backing)?.is_none() || names.len() > DEEPEST {
