@@ -210,20 +210,23 @@ impl SnapshotDriver for Copy {
         let state: State = task.state()?;
         if let Some(volume) = &state.volume {
             jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
-            jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
-            target::close(vm, &state, volume::id(volume)).await?;
             task.artifact = Some(volume::finish(task, volume).await?);
+            target::close(vm, &state, volume::id(volume)).await?;
+            jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
             return Ok(());
         }
         let directory = state.directory(task, roots)?;
         if state.id.is_none() || directory.id(&state.file)? != state.id {
             jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
-            jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
+            // First: closing has QEMU's main loop, and with it the guest, wait for all that isn't on disk by then.
+            target::sync(&directory, &state).await?;
             target::close(vm, &state, state.id).await?;
-            target::settle(&directory, &state)?;
+            target::settle(&directory, &state).await?;
             target::verify(&directory, &state, task)?;
             directory.rename_new(&state.unfinished(), &state.file)?;
         }
+        // Last: until the file has its name, the job is all that says that the copy is whole.
+        jobs::dismiss_if_concluded(vm.qmp(), &state.job()).await?;
         task.artifact = Some(Artifact { handle: directory.join(&state.file), format: state.format.name().into() });
         Ok(())
     }
@@ -247,7 +250,7 @@ impl SnapshotDriver for Copy {
             target::close(vm, &state, state.id.or(directory.id(&state.unfinished())?)).await?;
         }
         if state.owned {
-            return owned::give_back(&directory, &state);
+            return owned::give_back(&directory, &state).await;
         }
         directory.unlink(&state.unfinished())?;
         if state.id.is_some() && directory.id(&state.file)? == state.id {

@@ -101,6 +101,16 @@ impl StorageDaemon {
         Ok(())
     }
 
+    /// Lets go of what [`Self::hold`] took, and writes out what a node of `size` bytes has in memory. Closing it would do
+    /// that too, and not say whether it worked; a change of size to what it is does.
+    pub async fn write_out(&self, node: &str, size: u64) -> Result<(), OfflineError> {
+        let export = json!({"id": "hold", "mode": "hard"});
+        self.qmp.execute::<Value>("block-export-del", export, QMP_TIMEOUT).await?;
+        let size = json!({"node-name": node, "size": size});
+        self.qmp.execute::<Value>("block_resize", size, QMP_TIMEOUT).await?;
+        Ok(())
+    }
+
     /// Closes all images and waits for the daemon's end.
     pub async fn stop(mut self) -> Result<(), OfflineError> {
         self.qmp.quit(QMP_TIMEOUT).await?;

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::drivers::DiskTask;
+use crate::hypervisor::disks::{Disks, disks};
+use crate::hypervisor::image::ImageRoots;
 use crate::hypervisor::{AGENT_TIMEOUT, Vm};
 
 /// How long the guest's own `sync`, and the host's, may take.
@@ -19,7 +21,22 @@ pub async fn flush(vm: &mut Vm, tasks: &[DiskTask], guest: bool) {
     if guest {
         flush_guest(vm).await;
     }
-    let images = tasks.iter().filter_map(|task| task.path.clone()).collect();
+    flush_in_time(tasks.iter().filter_map(|task| task.path.clone()).collect()).await;
+}
+
+/// Flushes all images of a VM, and one that will be, before its virtual CPUs stop: stopping has QEMU flush them while the
+/// guest waits.
+pub async fn before_pause(vm: &Vm, roots: &ImageRoots, and: PathBuf) {
+    match disks(vm, roots).await {
+        Ok(Disks { found, .. }) => {
+            let images = found.into_iter().filter_map(|disk| disk.facts.path.ok());
+            flush_in_time(images.chain([and]).collect()).await;
+        }
+        Err(error) => tracing::warn!(%error, "the images to flush before a pause can't be found"),
+    }
+}
+
+async fn flush_in_time(images: Vec<PathBuf>) {
     let flushed = tokio::task::spawn_blocking(move || flush_images(images));
     match tokio::time::timeout(FLUSH_BOUND, flushed).await {
         Ok(Ok(())) => {}

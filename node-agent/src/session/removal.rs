@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use freezeframe_api::v1alpha1::{DeletionPolicy, VMSnapshotContentStatus};
 
 use super::Sessions;
+use super::flush;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::limits;
 use super::order::Order;
@@ -199,6 +200,8 @@ impl Sessions {
                 }
                 Removal::Switch(switch) => {
                     if let Some(vm) = &mut vm {
+                        let merged = switch.exchange.directory.join(&switch.exchange.b);
+                        flush::before_pause(vm, &self.roots, merged).await;
                         let id = format!("{}-{at}", record.order.uid);
                         let switched = window::switch(vm, &self.guard, id, &switch).await;
                         switched

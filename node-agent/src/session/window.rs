@@ -229,6 +229,7 @@ impl Hold {
 
     async fn switch(&mut self, vm: &Vm, armed: &Window, plan: &Plan) -> Result<(), WindowError> {
         armed.give_up_after(plan.max_hold + HOLD_SLACK);
+        let begun = Instant::now();
         self.pause(vm, armed, plan).await?;
         self.cut_sent = true;
         if let Some(job) = &plan.job {
@@ -236,7 +237,8 @@ impl Hold {
                 vm.qmp().job_complete(job, plan.max_hold).await.map_err(crate::drivers::qemu("complete the merge"))?;
                 jobs::wait(vm.qmp(), job, Wanted::Concluded).await
             };
-            timeout(plan.max_hold, completed)
+            // The guard's deadline is for both.
+            timeout(plan.max_hold.saturating_sub(begun.elapsed()), completed)
                 .await
                 .map_err(|_| WindowError::HoldExceeded(plan.max_hold))?
                 .map_err(WindowError::Switch)?;

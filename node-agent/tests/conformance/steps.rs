@@ -1,6 +1,9 @@
 //! The driver's functions one by one: called twice, and dropped half way.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use freezeframe_node_agent::drivers::{DiskTask, Env, Pace, Removal, SnapshotDriver};
 use freezeframe_node_agent::hypervisor::Vm;
@@ -10,6 +13,7 @@ use std::time::Duration;
 
 use crate::cases::{Case, drivers, for_every_case, parameters};
 use crate::content::SIZE;
+use crate::storage::Kind;
 use crate::world::World;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -213,4 +217,40 @@ async fn live_until(death: Death, steps: &mut Steps, world: &mut World) {
     if death == Death::Completing {
         steps.tasks = cut;
     }
+}
+
+/// Drops `work` at its `polls`th await that had to wait; whether it was done before.
+async fn is_done_within(polls: usize, work: impl Future<Output = ()>) -> bool {
+    let mut work = pin!(work);
+    let mut left = polls;
+    poll_fn(|context| {
+        if left == 0 {
+            return Poll::Ready(false);
+        }
+        left -= 1;
+        work.as_mut().poll(context).map(|()| true)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_copy_may_be_cut_off_again_and_again() {
+    let case = Case { driver: "copy", storage: Kind::Plain, format: "raw" };
+    let mut world = World::of(case).await;
+    world.write().await;
+    let taken = world.contents.clone();
+    let mut steps = Steps::new(&world, case).await;
+    steps.plan(&world).await;
+    steps.prepare(&world).await;
+    steps.cut(&world, true).await;
+    // Each time it comes a little further.
+    let mut polls = 1;
+    while !is_done_within(polls, steps.complete(&world)).await {
+        polls += 1;
+    }
+    for (task, content) in steps.tasks.iter().zip(&taken) {
+        let artifact = task.artifact.as_ref().unwrap();
+        content.check(&artifact.handle, &artifact.format).unwrap();
+    }
+    assert_eq!(world.machine().monitor.query_jobs(SOON).await.unwrap(), vec![]);
 }

@@ -3,8 +3,11 @@
 use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
+use std::time::Duration;
 
 use freezeframe_api::v1alpha1::ContentPhase;
+use serde_json::json;
+use tokio::time::{Instant, sleep};
 
 use crate::lab::{Snapshot, Wanted};
 use crate::shapes::{Shape, lab};
@@ -135,6 +138,41 @@ async fn a_legacy_disk_keeps_all_data_when_qemu_dies_around_the_deletion_of_its_
         // What was merged into a disk that QEMU named itself can be cut again when it is started anew.
         lab.restart().await;
         lab.check().await;
+    }
+}
+
+/// A merge of the disk's own layer that was cancelled leaves an image that QEMU opened by itself writable, and what is
+/// merged into it next is in QEMU's memory alone: there is no way to have that written out.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_in_a_base_that_a_cancelled_merge_left_writable() {
+    let mut lab = lab(Shape::Legacy, 1).await;
+    let lower = lab.take().await;
+    lab.restart().await;
+    let graph = lab.machine.graph().await;
+    let root = graph.disks()[0].root.clone().unwrap();
+    let chain: Vec<_> = graph.chain(&root).iter().map(|node| node.name.clone()).collect();
+    let merge = json!({"job-id": "cancelled", "device": root, "top-node": chain[0], "base-node": chain[1]});
+    lab.machine.execute("block-commit", merge).await;
+    until(async || lab.machine.execute("query-jobs", json!({})).await[0]["status"] == "ready").await;
+    lab.machine.execute("block-job-cancel", json!({"device": "cancelled", "force": true})).await;
+    until(async || lab.machine.execute("query-jobs", json!({})).await == json!([])).await;
+    assert!(!lab.machine.graph().await.node(&chain[1]).unwrap().read_only, "this QEMU leaves no base writable");
+    lab.take().await;
+    let order = lab.snapshots[&lower].order.clone();
+    lab.sessions.delete(&order).await.unwrap();
+    lab.machine.kill();
+    assert_eq!(crate::machine::view(&lab.disks[0].image), lab.disks[0].now);
+    lab.delete(lower).await;
+    lab.check().await;
+    lab.machine.start().await;
+    lab.check().await;
+}
+
+async fn until(mut holds: impl AsyncFnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !holds().await {
+        assert!(Instant::now() < end, "it never comes to pass");
+        sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -117,6 +117,19 @@ async fn without_a_freeze_to_give_up_a_stopped_vm_is_refused_in_words() {
     lab.check().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_of_a_disk_that_its_owner_deleted_can_be_deleted_newest_first() {
+    let mut lab = lab(Shape::Blockdev, 1).await;
+    let (lower, upper) = (lab.take().await, lab.take().await);
+    lab.machine.kill();
+    std::fs::remove_file(&lab.disks[0].image).unwrap();
+    let order = lab.snapshots[&lower].order.clone();
+    assert!(!lab.sessions.delete(&order).await.unwrap().over, "the upper one needs it");
+    lab.delete(upper).await;
+    lab.delete(lower).await;
+    assert_eq!(std::fs::read_dir(lab.images()).unwrap().count(), 0);
+}
+
 /// The QEMU that had the disks of a session that died ends a moment after it.
 async fn await_unlocked(lab: &Lab) {
     let end = Instant::now() + Duration::from_secs(10);

@@ -112,10 +112,10 @@ fn is_zero(file: &File, extent: &Extent) -> bool {
 }
 
 /// Gives the file its own name again, and leaves it to the user with whatever is in it.
-pub fn give_back(directory: &ImageDirectory, state: &State) -> Result<Removal> {
+pub async fn give_back(directory: &ImageDirectory, state: &State) -> Result<Removal> {
     let borrowed = state.unfinished();
     if directory.id(&borrowed)?.is_some() {
-        super::target::settle(directory, state)?;
+        super::target::settle(directory, state).await?;
         match directory.rename_new(&borrowed, &state.file) {
             Ok(()) => {}
             Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::AlreadyExists => {

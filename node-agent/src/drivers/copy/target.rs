@@ -1,5 +1,7 @@
 //! The file that a copy goes to: made with all its space reserved, opened in QEMU, closed, checked.
 
+use std::fs::File;
+
 use rustix::fs::{FallocateFlags, OFlags};
 use serde_json::json;
 
@@ -92,13 +94,22 @@ pub async fn close(vm: &Vm, state: &State, file: Option<FileId>) -> Result<()> {
 }
 
 /// Gives back what was set apart beyond the file's end, and makes the file durable.
-pub fn settle(directory: &ImageDirectory, state: &State) -> Result<()> {
-    let (name, path) = (state.unfinished(), directory.join(&state.unfinished()));
+pub async fn settle(directory: &ImageDirectory, state: &State) -> Result<()> {
+    let path = directory.join(&state.unfinished());
     let io = |source| ImageError::Io { doing: "give space back of", path: path.clone(), source };
-    let file = std::fs::File::from(directory.open(&name, OFlags::RDWR)?);
+    let file = File::from(directory.open(&state.unfinished(), OFlags::RDWR)?);
     let length = file.metadata().map_err(io)?.len();
     file.set_len(length).map_err(io)?;
-    Ok(directory.sync_file(&name)?)
+    sync(directory, state).await
+}
+
+/// Makes the file durable, on a thread that may wait for as long as the storage needs.
+pub async fn sync(directory: &ImageDirectory, state: &State) -> Result<()> {
+    let (name, path) = (state.unfinished(), directory.join(&state.unfinished()));
+    let file = File::from(directory.open(&name, OFlags::RDONLY)?);
+    let synced = tokio::task::spawn_blocking(move || file.sync_all()).await;
+    let io = |source| ImageError::Io { doing: "sync", path, source };
+    Ok(synced.unwrap_or_else(|died| Err(died.into())).map_err(io)?)
 }
 
 /// The copy is as large as the disk and stands alone.
@@ -107,7 +118,7 @@ pub fn verify(directory: &ImageDirectory, state: &State, task: &DiskTask) -> Res
     if directory.id(&name)?.is_none() {
         return Err(ImageError::NotRegular(path).into());
     }
-    let mut file = std::fs::File::from(directory.open(&name, OFlags::RDONLY)?);
+    let mut file = File::from(directory.open(&name, OFlags::RDONLY)?);
     let (size, backing) = match state.format {
         Format::Raw => {
             let io = |source| ImageError::Io { doing: "examine", path: path.clone(), source };

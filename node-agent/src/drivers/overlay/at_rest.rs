@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::place::Place;
 use super::prepare::{cache_options, with_backing};
-use crate::drivers::{Result, qemu};
+use crate::drivers::{DriverError, Result, jobs, qemu};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// Makes the images below the disk's own read-only again, which writes out their tables; whether one wasn't.
@@ -51,6 +51,22 @@ async fn reopen(vm: &Vm, node: &Node, read_only: bool) -> Result<()> {
     );
     let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
     reopened.map_err(qemu(format!("have {} written out", node.name)))
+}
+
+/// Fails for an image that is writable, and stays so, before a commit into it is begun.
+pub async fn refuse_left_writable(vm: &Vm, base: &Node, own_job: &str) -> Result<()> {
+    if base.read_only || jobs::find(vm.qmp(), own_job).await?.is_some() {
+        return Ok(());
+    }
+    let why = "was left writable by a merge that was cut off: it can be merged once the VM is stopped or started anew";
+    Err(DriverError::NotNow(format!("{} {why}", base.file)))
+}
+
+/// Whether an image is read-only, after a commit into it. QEMU writes out its tables as it makes it so again, and if that
+/// fails, it leaves it writable and doesn't say a word.
+pub async fn is_read_only(vm: &Vm, base: &Node) -> Result<bool> {
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    Ok(graph.node(&base.name).is_some_and(|node| node.read_only))
 }
 
 /// Whether QEMU lets a node's options be changed. A merge into one where it doesn't makes way for nobody.

@@ -159,6 +159,9 @@ pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, stat
         let place = place.as_ref().filter(|place| place.at > 0);
         let still_there = place.is_some_and(|place| place.id(directory, place.at - 1) == Some(above));
         if !still_there {
+            if let Some(place) = place {
+                at_rest::restore(vm, place, &state.job()).await?;
+            }
             unseen::prove(directory, state, &merging, false).await?;
             merging.check_done(directory, state.base)?;
             state.merging = Some(merging);
@@ -350,9 +353,11 @@ async fn commit_middle(
         "backing-file": state.layer,
         "auto-dismiss": false,
     });
+    at_rest::refuse_left_writable(vm, place.chain[at], &state.job()).await?;
     start(env, vm, state, "block-commit", arguments).await?;
     env.pace.wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
-    if let Some(merging) = &mut state.merging {
+    let written_out = at_rest::is_read_only(vm, place.chain[at]).await?;
+    if let Some(merging) = state.merging.as_mut().filter(|_| written_out) {
         merging.check_done(directory, state.base)?;
     }
     Ok(Removal::Again)

@@ -50,6 +50,10 @@ pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State)
 
 /// Names of the images of a disk, top first, as far as they are in its own directory.
 fn chain(directory: &ImageDirectory, state: &State) -> Result<Vec<String>> {
+    if !state.keeps_name() && directory.id(&state.disk_file)?.is_none() {
+        // Its owner deleted the disk: nothing but another image can need the snapshot's file.
+        return Ok(vec![]);
+    }
     let mut names = vec![state.disk_file.clone()];
     while let Some(backing) = header(directory, &names[names.len() - 1])?.backing {
         if backing.contains('/') || directory.id(&backing)?.is_none() || names.len() > DEEPEST {
@@ -100,7 +104,13 @@ async fn merge_above(
     }
     daemon.hold(if over.is_some() { "over" } else { "above" }).await.map_err(|error| offline(&error))?;
     match over {
-        Some(_) => commit_middle(&daemon, state).await?,
+        Some(_) => {
+            commit_middle(&daemon, state).await?;
+            if state.format == "qcow2" {
+                let size = header(directory, &state.layer)?.virtual_size;
+                daemon.write_out("base", size).await.map_err(|error| offline(&error))?;
+            }
+        }
         None => commit_disk(&daemon, directory, state).await?,
     }
     daemon.stop().await.map_err(|error| offline(&error))?;
