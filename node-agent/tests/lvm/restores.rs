@@ -20,6 +20,7 @@ use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions};
 use tokio::sync::watch;
 
@@ -92,6 +93,7 @@ fn restores(run: &Path) -> Restores {
         drivers: Drivers::default(),
         stopped: StoppedVms::with_files_only(),
         boots: boots.clone(),
+        space: SpaceWatch::default(),
     };
     Restores { sessions: Arc::new(sessions), journal: Journal::open(run.join("restores")).unwrap(), boots }
 }
