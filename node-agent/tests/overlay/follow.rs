@@ -319,9 +319,9 @@ async fn a_snapshot_comes_back_as_a_new_vms_disk_and_not_in_place() {
                 let step = RestoreStep::Restore;
                 let status = advance(&RestoreOrder { new_vm, mode, step, ..restore_order(order, number) }).await;
                 assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
-                let restored = PathBuf::from(&status.disks[0].path.0);
-                assert_eq!(view_as(&status.disks[0].format, &restored), views[0]);
-                std::fs::remove_file(restored).unwrap();
+                let made = PathBuf::from(&status.disks[0].path.0);
+                assert_eq!(view_as(&status.disks[0].format, &made), views[0]);
+                std::fs::remove_file(made).unwrap();
             }
             number += 1;
             let status = advance(&restore_order(order, number)).await;
