@@ -16,8 +16,9 @@
 //! where a class wants it short ([`shorten`]).
 
 mod at_rest;
-pub mod follow;
+pub(crate) mod follow;
 mod follow_merge;
+pub(crate) mod followed;
 mod merge;
 mod needs;
 mod offline_merge;
@@ -27,6 +28,7 @@ mod prepare;
 mod runs;
 pub(crate) mod shorten;
 mod state;
+mod stream;
 mod unseen;
 mod upwards;
 
@@ -63,7 +65,8 @@ impl SnapshotDriver for Overlay {
     }
 
     fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict {
-        let follow = Parameters::parse(parameters).is_ok_and(|parameters| parameters.follow);
+        let parameters = Parameters::parse(parameters).unwrap_or_default();
+        let device = disk.format == "raw" && disk.device.is_ok() && parameters.follow;
         let refusal = match &disk.path {
             _ if disk.writers == Writers::Nobody => {
                 Some("the guest can't write to it, so there would be nothing in a layer on top".into())
@@ -76,18 +79,24 @@ impl SnapshotDriver for Overlay {
                 Some("it is a device of the host that is passed through: there is no image to put a layer on".into())
             }
             _ if disk.not_followed.is_some() => disk.not_followed.clone(),
-            _ if !fits(disk, follow) => Some(wrong_format(&disk.format)),
+            _ if !fits(disk, parameters.follow) => Some(wrong_format(&disk.format)),
             _ if disk.encrypted => Some("the image is encrypted, and a layer on top would not be".into()),
             _ if disk.has_bitmaps => {
                 Some("the image has dirty bitmaps, which a layer on top would leave behind".into())
             }
+            Err(_) if device && parameters.directory.is_some() => None,
+            Err(_) if device => Some(format!(
+                "it is a block device, and parameter `{}` must say where layers on those go",
+                parameters::DIRECTORY
+            )),
             Err(why) => Some(why.clone()),
             Ok(_) => None,
         };
+        let what = if disk.path.is_ok() { "file" } else { "device" };
         let usable = if disk.format == "qcow2" {
             "qcow2 file: a new layer at once, no copy".into()
         } else {
-            format!("{} file: a new layer at once, which the VM must be started with next (startWith)", disk.format)
+            format!("{} {what}: a new layer at once, which the VM must be started with next (startWith)", disk.format)
         };
         refusal.map_or(Verdict::Usable(usable), Verdict::Unusable)
     }
@@ -126,7 +135,7 @@ impl SnapshotDriver for Overlay {
             let directory = roots.directory(&state.directory)?;
             follow_merge::refuse_if_left(vm, roots, &directory, &state).await?;
             directory.touch(&state.disk_file)?;
-            state.untouched = Some(Untouched::look(&directory, &state.layer)?);
+            state.stamp(&directory)?;
             task.set_state(&state)?;
         }
         Ok(())
@@ -158,7 +167,8 @@ impl SnapshotDriver for Overlay {
     }
 
     fn needs(&self, task: &DiskTask) -> Option<Need> {
-        Some(Need { directory: task.path.as_ref()?.parent()?.to_owned(), bytes: prepare::LAYER_METADATA })
+        let state: State = task.state().ok()?;
+        Some(Need { directory: state.directory, bytes: prepare::LAYER_METADATA })
     }
 
     fn is_half_removed(&self, task: &DiskTask) -> bool {
@@ -172,12 +182,15 @@ impl SnapshotDriver for Overlay {
 
     fn follow(&self, task: &mut DiskTask, to: &Path, format: &str, roots: &ImageRoots) -> Result<()> {
         let mut state: State = task.state()?;
-        let (directory, name) = roots.directory_of(to)?;
+        let (directory, name) = match to.to_str().filter(|to| to.starts_with("/dev/")) {
+            Some(device) => (roots.directory(&state.directory)?, device.to_owned()),
+            None => roots.directory_of(to)?,
+        };
         state.base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(to.to_owned()))?;
         state.layer = name;
         format.clone_into(&mut state.format);
         if state.keeps_name() {
-            state.untouched = Some(Untouched::look(&directory, &state.layer)?);
+            state.stamp(&directory)?;
         }
         task.set_state(&state)?;
         if let Some(artifact) = &mut task.artifact {

@@ -14,7 +14,7 @@ use super::graph::{NodeFile, NodeFiles, node_files};
 use super::image::ImageRoots;
 use super::qcow2::{Header, read_header};
 use super::{QMP_TIMEOUT, Vm};
-use crate::drivers::overlay::follow;
+use crate::drivers::overlay::{follow, followed};
 use crate::drivers::{ChainImage, DiskFacts, Layer, Writers};
 
 /// One disk of a running VM.
@@ -32,6 +32,8 @@ pub struct FoundDisk {
     pub overlay_bytes: u64,
     /// Whether the VM's command line leads to another image.
     pub apart: bool,
+    /// Why not all of its images are where they may be, if they aren't.
+    pub strays: Result<(), String>,
     /// What drivers may look at.
     pub facts: DiskFacts,
 }
@@ -90,6 +92,7 @@ fn found_disk(
         chain_depth: above_lowest,
         overlay_bytes: chain.iter().take(above_lowest).map(|layer| layer.actual_size).sum(),
         apart: follow::is_apart(node),
+        strays: strays(&chain, files, roots),
         facts: DiskFacts {
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),
@@ -100,7 +103,7 @@ fn found_disk(
             encrypted: node.encrypted || disk.encrypted,
             has_bitmaps: !node.dirty_bitmaps.is_empty(),
             writers,
-            not_followed: path_now.and_then(|path| follow::not_followed(&path, &node.driver, roots)),
+            not_followed: path_now.and_then(|path| followed::not_followed(&path, &node.driver, roots)),
         },
     }
 }
@@ -113,6 +116,15 @@ fn only_file(node: &Node) -> Result<(), String> {
 fn image_path(node: &Node, files: &NodeFiles, roots: &ImageRoots) -> Result<PathBuf, String> {
     only_file(node)?;
     path_of(files.of(node), roots)
+}
+
+/// Each image is a file or a device beneath an image root.
+fn strays(chain: &[&Node], files: &NodeFiles, roots: &ImageRoots) -> Result<(), String> {
+    let stray = |node: &&&Node| match files.of(node) {
+        Some(NodeFile::Device { path, .. }) => !roots.names(path),
+        _ => image_path(node, files, roots).is_err(),
+    };
+    chain.iter().find(stray).map_or(Ok(()), |node| Err(format!("image {} isn't beneath an image root", node.file)))
 }
 
 /// The images of a disk, top first, if each is a file that we may touch.
@@ -152,6 +164,7 @@ pub fn path_of(file: Option<&NodeFile>, roots: &ImageRoots) -> Result<PathBuf, S
             let name = names.into_iter().find(|name| open.holds(name, *id).unwrap_or(false));
             name.map(|name| open.join(&name)).ok_or_else(|| "the image's file has no name any more".into())
         }
+        Some(NodeFile::Device { path, .. }) => Err(format!("{} is a block device, and no file", path.display())),
         Some(NodeFile::Stale) => Err("QEMU's name for the image leads to another file".into()),
         Some(NodeFile::Foreign { why }) => Err(why.clone()),
         None => Err("the image isn't a file".into()),

@@ -13,9 +13,10 @@ use freezeframe_qemu::{FdSet, Qmp, Result as QemuResult};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use super::QMP_TIMEOUT;
+use super::device::number_of;
 use super::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 
 const OPAQUE_PREFIX: &str = "freezeframe:";
@@ -40,6 +41,13 @@ pub enum NodeFile {
         /// Its path.
         path: PathBuf,
     },
+    /// A block device, by a name that nobody changes.
+    Device {
+        /// Which.
+        id: FileId,
+        /// Its path.
+        path: PathBuf,
+    },
     /// Held by a name that now leads to another file, or nowhere.
     Stale,
     /// Not a file that we may touch: another protocol, or outside the image roots.
@@ -54,7 +62,7 @@ impl NodeFile {
     #[must_use]
     pub fn id(&self) -> Option<FileId> {
         match self {
-            Self::Pinned { id, .. } | Self::Named { id, .. } => Some(*id),
+            Self::Pinned { id, .. } | Self::Named { id, .. } | Self::Device { id, .. } => Some(*id),
             Self::Stale | Self::Foreign { .. } => None,
         }
     }
@@ -62,7 +70,7 @@ impl NodeFile {
     /// Whether QEMU can switch the node to writable without opening another file by its name.
     #[must_use]
     pub fn may_become_writable(&self) -> bool {
-        matches!(self, Self::Pinned { .. } | Self::Named { .. })
+        matches!(self, Self::Pinned { .. } | Self::Named { .. } | Self::Device { .. })
     }
 }
 
@@ -111,6 +119,9 @@ fn named_file(node: &Node, roots: &ImageRoots, qemu_directory: Option<&Path>, he
         Some(directory) => directory.join(&node.file),
         None => PathBuf::from(&node.file),
     };
+    if let Ok(number) = number_of(&path) {
+        return NodeFile::Device { id: FileId::of_device(number), path };
+    }
     let found = roots.directory_of(&path).and_then(|(directory, name)| directory.id(&name));
     match found {
         Ok(Some(id)) if !held.contains(&id) => NodeFile::Named { id, path },
@@ -143,7 +154,11 @@ fn if_open(file: NodeFile, open: Option<&HashSet<FileId>>) -> NodeFile {
 fn open_files(pid: i32) -> Option<HashSet<FileId>> {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).ok().filter(|_| pid > 0)?;
     let found = descriptors.flatten().filter_map(|descriptor| std::fs::metadata(descriptor.path()).ok());
-    Some(found.map(|found| FileId::new(found.dev(), found.ino())).collect())
+    let id = |found: std::fs::Metadata| {
+        let device = found.file_type().is_block_device();
+        if device { FileId::of_device(found.rdev()) } else { FileId::new(found.dev(), found.ino()) }
+    };
+    Some(found.map(id).collect())
 }
 
 /// Working directory of the QEMU process, against which its relative names are meant; none if it isn't visible.

@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::device::number_of;
 use super::qcow2::HeaderError;
 
 /// What can go wrong with an image file.
@@ -87,6 +88,12 @@ pub struct FileId {
 }
 
 impl FileId {
+    /// A block device, by its number. It is on no file system.
+    #[must_use]
+    pub fn of_device(number: u64) -> Self {
+        Self::new(u64::MAX, number)
+    }
+
     /// A file on a file system of this boot.
     #[must_use]
     pub fn new(device: u64, inode: u64) -> Self {
@@ -168,8 +175,12 @@ impl ImageDirectory {
         self.path.join(name)
     }
 
-    /// Which file has that name now; none if the name is free.
+    /// Which file has that name now; none if the name is free. An absolute name is a block device's.
     pub fn id(&self, name: &str) -> Result<Option<FileId>> {
+        if Path::new(name).is_absolute() {
+            let number = number_of(Path::new(name)).map_err(|_| ImageError::NotRegular(name.into()))?;
+            return Ok(Some(FileId::of_device(number)));
+        }
         match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {
                 Ok(Some(FileId::new(found.st_dev, found.st_ino)))
@@ -188,7 +199,9 @@ impl ImageDirectory {
     /// Opens a file of it.
     pub fn open(&self, name: &str, access: OFlags) -> Result<OwnedFd> {
         // A pipe that lies among the images would keep us waiting for ever.
-        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        // A volume's name is a link.
+        let links = if Path::new(name).is_absolute() { OFlags::empty() } else { OFlags::NOFOLLOW };
+        let flags = access | links | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
             .map_err(|source| io_error("open", &self.join(name), source))?;
         self.id(name)?.ok_or_else(|| io_error("open", &self.join(name), Errno::NOENT))?;

@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 
 use super::QMP_TIMEOUT;
+use super::device::number_of;
 
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -83,7 +84,7 @@ impl StorageDaemon {
         let mut options = json!({
             "driver": format,
             "node-name": node,
-            "file": {"driver": "file", "filename": path},
+            "file": {"driver": if number_of(path).is_ok() { "host_device" } else { "file" }, "filename": path},
         });
         if let Some(backing) = backing {
             options["backing"] = backing.into();

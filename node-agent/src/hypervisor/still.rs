@@ -163,7 +163,7 @@ impl Still {
         let unreadable = |source| StillError::Graph { vm: vm.clone(), source };
         let Disks { found, .. } = disks(&self.vm, roots).await.map_err(unreadable)?;
         for disk in found {
-            if let (Err(why), Err(_)) = (disk.facts.chain, disk.facts.device) {
+            if let (Err(why), Err(_), Err(_)) = (disk.facts.chain, disk.facts.device, disk.strays) {
                 return Err(StillError::Disk { vm: vm.clone(), disk: disk.name, why });
             }
         }

@@ -217,6 +217,7 @@ mod tests {
             overlay_bytes: 0,
             chain_depth: 0,
             apart: false,
+            strays: Ok(()),
             facts: DiskFacts {
                 format: "qcow2".into(),
                 source: String::new(),

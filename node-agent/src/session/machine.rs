@@ -9,9 +9,10 @@ use freezeframe_api::conditions::reasons;
 use tokio::sync::watch;
 
 use super::Sessions;
+use super::journal::JournalError;
 use super::order::Order;
 use super::outcome::{Failure, chain};
-use crate::drivers::overlay::follow;
+use crate::drivers::overlay::followed;
 use crate::hypervisor::still::{Still, StillError};
 use crate::hypervisor::target_file::{self, KnownDisk, TargetFileError};
 use crate::hypervisor::{OpenError, Vm, VmKey};
@@ -180,9 +181,26 @@ impl Sessions {
             );
             return Err(Failure::refused(reasons::VM_NOT_RUNNING, message));
         }
-        let now = known.iter().map(|disk| follow::now(disk, &self.roots));
+        let now = self.disks_now(&order.vm, &known);
+        let now = now.map_err(|error| Failure::refused(reasons::DISK_NOT_FOUND, chain(&error)))?.into_iter();
         let (wanted, others): (Vec<_>, Vec<_>) = now.partition(|disk| order.wants(&disk.name, disk.read_only));
         Ok((wanted, others.into_iter().map(|disk| disk.name).collect()))
+    }
+
+    /// What disks that were last known as `known` are by now. Of a device only the records of its snapshots tell.
+    pub(crate) fn disks_now(&self, vm: &VmKey, known: &[KnownDisk]) -> Result<Vec<KnownDisk>, JournalError> {
+        let mut now: Vec<_> = known.iter().map(|disk| followed::now(disk, &self.roots)).collect();
+        if now.iter().all(|disk| !disk.path.starts_with("/dev")) {
+            return Ok(now);
+        }
+        let records = self.journal.all()?;
+        let tasks = records.iter().filter(|record| record.order.vm == *vm).flat_map(|record| &record.tasks);
+        for (device, layer) in tasks.filter_map(followed::device_and_layer) {
+            for disk in now.iter_mut().filter(|disk| disk.path == device && followed::is_layer(&layer, &self.roots)) {
+                (disk.path, disk.format) = (layer.clone(), "qcow2".into());
+            }
+        }
+        Ok(now)
     }
 
     /// Fails once a VM whose disks we have is being started: what was cut then may not be of one instant.

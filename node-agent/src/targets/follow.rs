@@ -5,7 +5,7 @@ use freezeframe_api::v1alpha1::{TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
 use crate::drivers::Layer;
-use crate::drivers::overlay::follow;
+use crate::drivers::overlay::followed;
 use crate::hypervisor::disks::FoundDisk;
 use crate::hypervisor::image::ImageRoots;
 use crate::session::outcome::start_with;
@@ -41,7 +41,7 @@ pub fn report(status: &mut VMTargetStatus, not_followed: &[String]) {
 /// the removal of one, may have given it another image since it was last seen.
 pub fn catch_up(status: &mut VMTargetStatus, roots: &ImageRoots) {
     for disk in &mut status.disks {
-        let (seen, now) = (known_disk(disk), follow::now(&known_disk(disk), roots));
+        let (seen, now) = (known_disk(disk), followed::now(&known_disk(disk), roots));
         if now != seen {
             follow_to(disk, &Layer { path: now.path, format: now.format });
         }

@@ -9,7 +9,6 @@ use freezeframe_api::v1alpha1::{RunState, TargetDisk, VMTargetStatus};
 
 use super::probe::target_disk;
 use crate::drivers::Writers;
-use crate::drivers::overlay::follow;
 use crate::hypervisor::VmKey;
 use crate::hypervisor::disks::disks;
 use crate::hypervisor::still::{Still, StillError};
@@ -48,7 +47,10 @@ impl Files {
             Ok(None) => return last_seen(sessions, status),
             Err(error) => return status.message = Some(chain(&error)),
         };
-        let now: Vec<_> = file.disks.iter().map(|disk| follow::now(disk, &sessions.roots)).collect();
+        let now = match sessions.disks_now(vm, &file.disks) {
+            Ok(now) => now,
+            Err(error) => return status.message = Some(chain(&error)),
+        };
         let same = |look: &Look| look.stamp == stamp && look.disks == now;
         let known = self.looks().get(vm).cloned().filter(|look| was_stopped && same(look));
         let failed = match known.map(|look| look.failed) {

@@ -2,12 +2,14 @@
 //! has it.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{ContentPhase, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
 use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::Sessions;
@@ -24,25 +26,53 @@ use crate::lab::{Lab, Snapshot, Wanted, images};
 use crate::machine::{Drive, REGION, REGIONS, format_of, path, run, view, view_as};
 use crate::orders::orders;
 
-/// The image that a VM has first, and the format of it.
-#[derive(Clone, Copy, Debug)]
+/// The image that a VM has first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Base {
     Raw,
     Qed,
+    Device,
 }
 
 impl Base {
-    fn name(self) -> &'static str {
+    fn image(self, lab: &Lab) -> PathBuf {
         match self {
-            Self::Raw => "vda.img",
-            Self::Qed => "vda.qed",
+            Self::Raw => lab.images().join("vda.img"),
+            Self::Qed => lab.images().join("vda.qed"),
+            Self::Device => {
+                let link = lab.images().with_file_name("device");
+                std::fs::read_link(link).unwrap()
+            }
         }
+    }
+}
+
+/// A file as a block device, with a link to it beside the images' directory.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn attach(directory: &TempDir, size: u64) -> Self {
+        let file = directory.path().join("device.data");
+        std::fs::File::create(&file).unwrap().set_len(size).unwrap();
+        let output = Command::new("losetup").args(["-f", "--show", path(&file)]).output().unwrap();
+        assert!(output.status.success(), "this test needs root: {}", String::from_utf8_lossy(&output.stderr));
+        let device = Self(String::from_utf8(output.stdout).unwrap().trim().into());
+        std::os::unix::fs::symlink(&device.0, directory.path().join("device")).unwrap();
+        device
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // A test that fails must leave no device behind; QEMU, which may still have it, ends with the test.
+        drop(Command::new("losetup").args(["-d", path(&self.0)]).status());
     }
 }
 
 fn drive(image: &Path) -> Drive {
     let (shown, format) = (image.display(), format_of(image));
-    let file = format!("driver=file,node-name=file-vda,filename={shown}");
+    let protocol = if image.starts_with("/dev") { "host_device" } else { "file" };
+    let file = format!("driver={protocol},node-name=file-vda,filename={shown}");
     let node = format!("driver={format},node-name=fmt-vda,file=file-vda");
     let arguments = ["-blockdev".into(), file, "-blockdev".into(), node].to_vec();
     Drive { id: "vda".into(), image: image.into(), arguments, device: "drive=fmt-vda".into() }
@@ -50,8 +80,9 @@ fn drive(image: &Path) -> Drive {
 
 /// A VM with one disk that its owner will follow.
 async fn lab(base: Base) -> Lab {
+    assert_ne!(base, Base::Device);
     let directory = TempDir::new().unwrap();
-    let image = images(&directory).join(base.name());
+    let image = images(&directory).join(if base == Base::Raw { "vda.img" } else { "vda.qed" });
     let size = (REGION * REGIONS as u64).to_string();
     run("qemu-img", &["create", "-q", "-f", format_of(&image), path(&image), &size]);
     let mut lab = Lab::start(directory, &[], vec![drive(&image)]).await;
@@ -59,21 +90,36 @@ async fn lab(base: Base) -> Lab {
     lab
 }
 
+/// The same on a block device.
+async fn lab_on_device() -> (Lab, Loop) {
+    let directory = TempDir::new().unwrap();
+    let device = Loop::attach(&directory, REGION * REGIONS as u64);
+    let mut lab = Lab::start(directory, &[], vec![drive(&device.0)]).await;
+    lab.sessions.roots = ImageRoots::new(vec![lab.images(), "/dev".into()]);
+    lab.parameters.insert("follow".into(), "true".into());
+    lab.parameters.insert("directory".into(), path(&lab.images()).to_owned());
+    (lab, device)
+}
+
 /// What the disk is called while it has a layer.
 fn layer(lab: &Lab, base: Base) -> PathBuf {
-    let format = format_of(Path::new(base.name()));
-    lab.images().join(format!("{}.vmsnap-over-{format}.qcow2", base.name()))
+    let name = match base {
+        Base::Raw => "vda.img.vmsnap-over-raw.qcow2",
+        Base::Qed => "vda.qed.vmsnap-over-qed.qcow2",
+        Base::Device => "shop.db-vda.vmsnap-over-raw.qcow2",
+    };
+    lab.images().join(name)
 }
 
 /// Checks all that there is, where the disk's own image must be the one that the status would name.
 async fn check(lab: &mut Lab, base: Base) {
-    lab.disks[0].image = if lab.snapshots.is_empty() { lab.images().join(base.name()) } else { layer(lab, base) };
+    lab.disks[0].image = if lab.snapshots.is_empty() { base.image(lab) } else { layer(lab, base) };
     lab.check().await;
 }
 
 /// Restarts the VM as its owner is told to.
 async fn follow(lab: &mut Lab, base: Base) {
-    let now = if lab.snapshots.is_empty() { lab.images().join(base.name()) } else { layer(lab, base) };
+    let now = if lab.snapshots.is_empty() { base.image(lab) } else { layer(lab, base) };
     lab.machine.kill();
     lab.machine.set_drives(&[drive(&now)]);
     lab.machine.start().await;
@@ -160,13 +206,13 @@ async fn a_vm_whose_owner_follows_loses_nothing_in_any_order() {
 fn current(lab: &Lab, base: Base) -> PathBuf {
     let layer = layer(lab, base);
     let is_image = std::fs::metadata(&layer).is_ok_and(|found| found.len() > 0);
-    if is_image { layer } else { lab.images().join(base.name()) }
+    if is_image { layer } else { base.image(lab) }
 }
 
 /// The VM runs on an image that isn't the disk any more, and the guest goes on from what it finds there.
 async fn start_with_old_command_line(lab: &mut Lab, base: Base, snapshot: u32) {
     lab.machine.kill();
-    lab.machine.set_drives(&[drive(&lab.images().join(base.name()))]);
+    lab.machine.set_drives(&[drive(&base.image(lab))]);
     lab.machine.start().await;
     lab.disks[0].now = lab.snapshots[&snapshot].views[0];
     lab.write().await;
@@ -177,7 +223,7 @@ async fn a_vm_started_with_its_old_command_line_is_noticed_and_nothing_is_touche
     for base in [Base::Raw, Base::Qed] {
         let mut lab = lab(base).await;
         let taken = lab.take().await;
-        let (image, layer) = (lab.images().join(base.name()), layer(&lab, base));
+        let (image, layer) = (base.image(&lab), layer(&lab, base));
         let overwritten = |lab: &Lab| {
             let record = lab.sessions.journal.load(&lab.snapshots[&taken].order.uid).unwrap().unwrap();
             lab.sessions.drivers.find("overlay").unwrap().overwritten(&record.tasks[0], &lab.sessions.roots)
@@ -273,9 +319,9 @@ async fn a_snapshot_comes_back_as_a_new_vms_disk_and_not_in_place() {
                 let step = RestoreStep::Restore;
                 let status = advance(&RestoreOrder { new_vm, mode, step, ..restore_order(order, number) }).await;
                 assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
-                let restored = PathBuf::from(&status.disks[0].path.0);
-                assert_eq!(view_as(&status.disks[0].format, &restored), views[0]);
-                std::fs::remove_file(restored).unwrap();
+                let made = PathBuf::from(&status.disks[0].path.0);
+                assert_eq!(view_as(&status.disks[0].format, &made), views[0]);
+                std::fs::remove_file(made).unwrap();
             }
             number += 1;
             let status = advance(&restore_order(order, number)).await;
@@ -296,7 +342,7 @@ fn write_target_file(lab: &Lab, image: &Path) {
 async fn snapshots_of_a_stopped_vm_are_found_by_what_its_file_said_before_them() {
     for base in [Base::Raw, Base::Qed] {
         let mut lab = lab(base).await;
-        write_target_file(&lab, &lab.images().join(base.name()));
+        write_target_file(&lab, &base.image(&lab));
         lab.machine.kill();
         for order in orders(&[0, 1, 2]) {
             println!("{base:?} {order:?}");
@@ -436,4 +482,76 @@ async fn a_snapshot_of_a_legacy_drive_is_deleted_once_the_vm_is_stopped() {
     }
     lab.machine.start().await;
     check(&mut lab, Base::Raw).await;
+}
+
+/// While it runs, while it is stopped, and restarted as its owner is told.
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_of_a_block_device_are_deleted_in_every_order() {
+    let base = Base::Device;
+    let (mut lab, _device) = lab_on_device().await;
+    for (number, order) in orders(&[0, 1, 2]).into_iter().enumerate() {
+        println!("{order:?}");
+        let mut taken = vec![];
+        for at in 0..3 {
+            if number & (1 << at) != 0 {
+                follow(&mut lab, base).await;
+            }
+            taken.push(lab.take().await);
+            check(&mut lab, base).await;
+        }
+        for (step, at) in order.into_iter().enumerate() {
+            match (number + step) % 3 {
+                0 => lab.machine.kill(),
+                1 => follow(&mut lab, base).await,
+                _ => {}
+            }
+            lab.delete(taken[at]).await;
+            check(&mut lab, base).await;
+            if lab.machine.is_running() {
+                lab.write().await;
+            } else {
+                follow(&mut lab, base).await;
+            }
+        }
+        follow(&mut lab, base).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_vm_on_a_block_device_is_found_by_the_records_of_its_snapshots() {
+    let base = Base::Device;
+    let (mut lab, device) = lab_on_device().await;
+    write_target_file(&lab, &device.0);
+    lab.machine.kill();
+    for _ in 0..2 {
+        let (number, order) = lab.order();
+        let status = lab.advance(&order).await;
+        assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+        let views = lab.views();
+        lab.snapshots.insert(number, Snapshot { order, views });
+        check(&mut lab, base).await;
+        follow(&mut lab, base).await;
+        lab.write().await;
+        lab.machine.kill();
+    }
+    for number in [2, 1] {
+        lab.delete(number).await;
+        check(&mut lab, base).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_device_is_refused_without_a_directory_for_its_layer_or_with_one_elsewhere() {
+    let (mut lab, _device) = lab_on_device().await;
+    lab.parameters.insert("directory".into(), "/tmp".into());
+    let (_, order) = lab.order();
+    let status = lab.advance(&order).await;
+    assert_eq!(find(&status.conditions, types::READY).unwrap().reason, reasons::INVALID_PARAMETER);
+    lab.parameters.remove("directory");
+    let (_, order) = lab.order();
+    let status = lab.advance(&order).await;
+    let accepted = find(&status.conditions, types::ACCEPTED).unwrap();
+    assert_eq!(accepted.reason, reasons::DISK_NOT_SUPPORTED);
+    assert!(accepted.message.contains("`directory`"), "{}", accepted.message);
+    check(&mut lab, Base::Device).await;
 }

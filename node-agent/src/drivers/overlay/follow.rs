@@ -12,6 +12,7 @@
 //! From then on the disk is that qcow2 file, and further layers take its name as always. When all layers are merged,
 //! the disk is its old image again.
 
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,13 +22,14 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::parameters::{DIRECTORY, Parameters};
 use super::prepare::header;
 use super::state::State;
 use crate::drivers::tool::look;
 use crate::drivers::{DiskTask, DriverError, Result};
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
 use crate::hypervisor::qcow2::HeaderError;
-use crate::hypervisor::target_file::KnownDisk;
+use crate::session::outcome::chain;
 
 /// Formats of images that may get a layer which the VM's owner follows.
 pub const FORMATS: [&str; 2] = ["raw", "qed"];
@@ -87,10 +89,33 @@ impl Untouched {
     }
 }
 
-fn metadata(directory: &ImageDirectory, name: &str) -> Result<std::fs::Metadata> {
+pub fn metadata(directory: &ImageDirectory, name: &str) -> Result<std::fs::Metadata> {
     let file = std::fs::File::from(directory.open(name, OFlags::RDONLY)?);
     let io = |source| ImageError::Io { doing: "examine", path: directory.join(name), source };
     Ok(file.metadata().map_err(io)?)
+}
+
+fn length(directory: &ImageDirectory, name: &str) -> Result<u64> {
+    let mut file = std::fs::File::from(directory.open(name, OFlags::RDONLY)?);
+    let io = |source| ImageError::Io { doing: "measure", path: directory.join(name), source };
+    Ok(file.seek(SeekFrom::End(0)).map_err(io)?)
+}
+
+/// Where the layer on a block device goes.
+pub fn directory_for(task: &DiskTask, roots: &ImageRoots) -> Result<ImageDirectory> {
+    let refused = |why: String| DriverError::Parameter { key: DIRECTORY.into(), why };
+    let directory = Parameters::parse(&task.parameters)?.directory;
+    let directory = directory.ok_or_else(|| refused("must say where layers on block devices go".into()))?;
+    roots.directory(&directory).map_err(|error| refused(chain(&error)))
+}
+
+/// What a device's name leads to; other names are what they are.
+pub fn real_name(name: &str) -> Result<String> {
+    if !name.starts_with('/') {
+        return Ok(name.to_owned());
+    }
+    let io = |source| ImageError::Io { doing: "examine", path: name.into(), source };
+    Ok(std::fs::canonicalize(name).map_err(io)?.display().to_string())
 }
 
 /// Names the new layer of an image, where one can be made.
@@ -100,10 +125,14 @@ pub fn plan(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<
         return refused(format!("QEMU would take what is before the colon of `{image}` for a protocol"));
     }
     // An image that begins somewhere in its file can't be named by a header.
-    if task.format == "raw" && metadata(directory, image)?.len().next_multiple_of(SECTOR) != task.size {
-        return refused(format!("{} is a part of its file only", directory.join(image).display()));
+    if task.format == "raw" && length(directory, image)?.next_multiple_of(SECTOR) != task.size {
+        return refused(format!("it is a part of {} only", directory.join(image).display()));
     }
-    let layer = layer_on(image, &task.format);
+    let layer = match &task.path {
+        Some(_) => layer_on(image, &task.format),
+        // A device has no directory of its own, and its name isn't one for a file.
+        None => layer_on(&format!("{}.{}-{}", task.vm.namespace, task.vm.name, task.disk), &task.format),
+    };
     match directory.id(&layer)? {
         None => Ok(layer),
         Some(_) => refused(format!("{} is there already", directory.join(&layer).display())),
@@ -189,6 +218,8 @@ pub async fn is_empty(directory: &ImageDirectory, name: &str) -> Result<bool> {
 /// has data that doesn't go with it any more.
 pub async fn refuse_if_touched(directory: &ImageDirectory, state: &State) -> Result<()> {
     let touched = match state.untouched {
+        // The kernel doesn't tell when a device was written to.
+        _ if state.is_device() => false,
         Some(before) => Untouched::look(directory, &state.layer)? != before,
         None => {
             let (below, above) = (metadata(directory, &state.layer)?, metadata(directory, &state.disk_file)?);
@@ -215,54 +246,4 @@ pub fn overwritten(image: &Path) -> String {
         "{} was written to after the snapshot: the VM was started with it, not with the layer on it",
         image.display()
     )
-}
-
-/// Why a disk isn't what it should be, if its VM was started with an image that a layer had been made on: whether it
-/// runs on that image now, or did before.
-pub fn not_followed(disk: &Path, format: &str, roots: &ImageRoots) -> Option<String> {
-    if FORMATS.contains(&format) {
-        let layer = layer_over(disk, format, roots)?;
-        return Some(format!(
-            "the VM was started with {}, and what was written after a snapshot of it is in {}: delete that file to go on \
-             without it",
-            disk.display(),
-            layer.display()
-        ));
-    }
-    let (image, _) = image_below(disk)?;
-    let modified = |path: &Path| {
-        let (directory, name) = roots.directory_of(path).ok()?;
-        metadata(&directory, &name).ok().map(|found| (found.mtime(), found.mtime_nsec()))
-    };
-    (modified(&image)? > modified(disk)?).then(|| overwritten(&image))
-}
-
-/// The layer that is the disk in an image's place.
-pub fn layer_over(image: &Path, format: &str, roots: &ImageRoots) -> Option<PathBuf> {
-    let (directory, name) = roots.directory_of(image).ok()?;
-    let layer = layer_on(&name, format);
-    let below = header(&directory, &layer).ok()?.backing?;
-    // Its backing file may be a layer that was snapshotted since: what lies on the image is told by the name.
-    (below == name || below.starts_with(&layer)).then(|| directory.join(&layer))
-}
-
-/// What a disk that was last known as `disk` is by now.
-#[must_use]
-pub fn now(disk: &KnownDisk, roots: &ImageRoots) -> KnownDisk {
-    let (path, format) = if FORMATS.contains(&disk.format.as_str()) {
-        (layer_over(&disk.path, &disk.format, roots), "qcow2")
-    } else {
-        let is_gone = |path: &Path| {
-            let found = roots.directory_of(path).and_then(|(directory, name)| directory.id(&name));
-            matches!(found, Ok(None))
-        };
-        match image_below(&disk.path).filter(|_| is_gone(&disk.path)) {
-            Some((image, format)) => (Some(image).filter(|image| !is_gone(image)), format),
-            None => (None, ""),
-        }
-    };
-    match path {
-        Some(path) => KnownDisk { path, format: format.to_owned(), ..disk.clone() },
-        None => disk.clone(),
-    }
 }

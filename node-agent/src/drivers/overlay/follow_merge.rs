@@ -11,7 +11,7 @@ use super::place::Place;
 use super::state::State;
 use crate::drivers::{DriverError, Env, Removal, Result, qemu};
 use crate::hypervisor::Vm;
-use crate::hypervisor::disks::{Disks, disks};
+use crate::hypervisor::disks::{Disks, FoundDisk, disks};
 use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 
 /// Takes one step of removing a disk's layer.
@@ -78,7 +78,11 @@ pub async fn refuse_if_left(vm: &Vm, roots: &ImageRoots, directory: &ImageDirect
         return Ok(());
     }
     let image = directory.join(&state.layer);
-    if found.iter().any(|disk| disk.facts.path.as_ref() == Ok(&image)) {
+    let is_on = |disk: &FoundDisk| {
+        let device = disk.facts.device.as_ref().map(|device| &device.path);
+        [disk.facts.path.as_ref().ok(), device.ok()].contains(&Some(&image))
+    };
+    if found.iter().any(is_on) {
         return Err(DriverError::Verify(follow::left_behind(directory, state).to_string()));
     }
     follow::refuse_if_touched(directory, state).await

@@ -25,7 +25,7 @@ use super::needs::{dependents, kept_for, refuse_others};
 use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
-use super::upwards::Upwards;
+use super::stream::stream_up;
 use super::{DiskTask, at_rest, follow_merge, offline_merge, unseen, upwards};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
@@ -37,6 +37,10 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
     let directory = env.roots.directory(&state.directory)?;
+    if let Some(id) = directory.id(&state.layer).ok().flatten().filter(|_| state.is_device()) {
+        // A device may have another number at each boot.
+        state.base = id;
+    }
     if let Some(merging) = state.merging.clone().filter(|merging| merging.done) {
         return hand_on(env, &directory, &state, &merging).await;
     }
@@ -301,7 +305,7 @@ async fn hold_base_by_descriptor(
 }
 
 /// The nodes to close once a layer is merged.
-fn nodes_of(layer: &Node) -> Vec<String> {
+pub fn nodes_of(layer: &Node) -> Vec<String> {
     std::iter::once(layer.name.clone()).chain(layer.file_child.clone()).collect()
 }
 
@@ -363,51 +367,7 @@ async fn commit_middle(
     Ok(Removal::Again)
 }
 
-/// Copies the snapshot's data up into the layer above, where the file's own node can't be made writable: QEMU would
-/// reopen it by a name that leads to another file by now.
-async fn stream_up(
-    env: &Env<'_>,
-    vm: &Vm,
-    directory: &ImageDirectory,
-    state: &mut State,
-    place: &Place<'_>,
-    at: usize,
-) -> Result<Removal> {
-    let streamed_into = place.id(directory, at - 1);
-    if state.closing.is_empty() || state.streamed_into != streamed_into {
-        state.closing = nodes_of(place.chain[at]);
-        state.streamed_into = streamed_into;
-        return Ok(Removal::Again);
-    }
-    if at > 1 && !place.may_become_writable(at - 1) {
-        let file = directory.join(&state.layer);
-        return Err(DriverError::NotNow(format!("{} can only be merged while the VM is stopped", file.display())));
-    }
-    let base = match place.chain.get(at + 1) {
-        Some(_) => Some((at + 1, below_name(directory, state)?)),
-        None => None,
-    };
-    Upwards { job: &state.job(), place, into: at - 1, base, directory }.copy(env, vm).await?;
-    upwards::sync(directory, state)?;
-    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    if still_below(&graph, place, at) {
-        let why = "QEMU ended it without saying why".to_owned();
-        return Err(DriverError::Job { job: state.job(), why });
-    }
-    Ok(Removal::Again)
-}
-
-fn still_below(graph: &BlockGraph, place: &Place<'_>, at: usize) -> bool {
-    graph.chain(&place.chain[0].name).iter().any(|node| node.name == place.chain[at].name)
-}
-
-/// What the snapshot's own header calls the file below it: the layer above must call it the same.
-fn below_name(directory: &ImageDirectory, state: &State) -> Result<String> {
-    let header = super::prepare::header(directory, &state.layer)?;
-    header.backing.ok_or_else(|| DriverError::NotNow(format!("{} names no backing file", state.layer)))
-}
-
-async fn start(env: &Env<'_>, vm: &Vm, state: &State, command: &str, mut arguments: Value) -> Result<()> {
+pub async fn start(env: &Env<'_>, vm: &Vm, state: &State, command: &str, mut arguments: Value) -> Result<()> {
     if let Some(job) = jobs::find(vm.qmp(), &state.job()).await? {
         // It rested when the agent that had it rest ended.
         if ["paused", "standby"].contains(&job.status.as_str()) {

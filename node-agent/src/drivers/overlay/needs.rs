@@ -63,8 +63,11 @@ fn backing_of(directory: &ImageDirectory, name: &str) -> Result<Option<String>> 
     }
 }
 
-/// The name of a backing file in the same directory, however the header spells its path.
+/// The name of a backing device, or of a backing file in the same directory, however the header spells its path.
 fn beside<'a>(directory: &ImageDirectory, backing: &'a str) -> Option<&'a str> {
+    if backing.starts_with("/dev/") {
+        return Some(backing);
+    }
     let path = Path::new(backing.strip_prefix("file:").unwrap_or(backing));
     let parent = path.parent()?;
     let here = parent.as_os_str().is_empty() || parent == Path::new(".") || parent == directory.path();

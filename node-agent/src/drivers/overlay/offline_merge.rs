@@ -56,7 +56,9 @@ fn chain(directory: &ImageDirectory, state: &State) -> Result<Vec<String>> {
     }
     let mut names = vec![state.disk_file.clone()];
     while let Some(backing) = header(directory, &names[names.len() - 1])?.backing {
-        if backing.contains('/') || directory.id(&backing)?.is_none() || names.len() > DEEPEST {
+        // Only what lies beside is looked at, and the snapshot's own device.
+        let elsewhere = backing.contains('/') && backing != state.layer;
+        if elsewhere || directory.id(&backing)?.is_none() || names.len() > DEEPEST {
             break;
         }
         names.push(backing);

@@ -5,6 +5,7 @@ use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
 
+use super::follow;
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
 use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew, take_back_unused};
@@ -33,8 +34,8 @@ pub async fn make_layer(roots: &ImageRoots, task: &DiskTask, state: &mut State) 
     let size = task.size.to_string();
     let arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", &state.format, "-b", &state.layer];
     crate::drivers::qemu_img(&arguments, &path, Some(&size)).await.map_err(|error| error.or_no_space(&directory))?;
-    let like = if state.keeps_name() { &state.layer } else { &state.disk_file };
-    directory.copy_ownership(&unfinished, &directory, like)?;
+    let like = if state.keeps_name() { follow::real_name(&state.layer)? } else { state.disk_file.clone() };
+    directory.copy_ownership(&unfinished, &directory, &like)?;
     directory.sync_file(&unfinished)?;
     directory.rename_new(&unfinished, state.new_file())?;
     state.overlay = directory.id(state.new_file())?;
@@ -154,7 +155,10 @@ async fn open_base_file(vm: &Vm, roots: &ImageRoots, like: &Node, state: &State)
     } else {
         hand_over(vm.qmp(), &directory, &state.layer).await?
     };
-    let options = file_options(&state.base_file_node(), &file, like, true);
+    let mut options = file_options(&state.base_file_node(), &file, like, true);
+    if state.is_device() {
+        options["driver"] = "host_device".into();
+    }
     vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))
 }
 

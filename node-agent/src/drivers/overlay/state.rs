@@ -88,11 +88,13 @@ fn qcow2() -> String {
 impl State {
     /// Names what will be made for a disk.
     pub fn plan(task: &DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<Self> {
-        let path = task.path.as_deref().ok_or_else(|| DriverError::Verify("the disk has no file".into()))?;
-        let (directory, name) = roots.directory_of(path)?;
-        let base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(path.to_owned()))?;
         let node = graph.node(&task.node);
         let node = node.ok_or_else(|| DriverError::Verify(format!("node {} is gone", task.node)))?;
+        let (directory, name) = match task.path.as_deref() {
+            Some(path) => roots.directory_of(path)?,
+            None => (follow::directory_for(task, roots)?, node.file.clone()),
+        };
+        let base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(directory.join(&name)))?;
         let (disk_file, layer) = if task.format == "qcow2" {
             let layer = format!("{name}.vmsnap-{}", task.id);
             (name, layer)
@@ -120,6 +122,19 @@ impl State {
     /// Whether the snapshot's image has the name that it had as the disk, and the new layer another one.
     pub fn keeps_name(&self) -> bool {
         self.format != "qcow2"
+    }
+
+    /// Remembers what the image is, where the kernel would tell of a change.
+    pub fn stamp(&mut self, directory: &ImageDirectory) -> Result<()> {
+        if !self.is_device() {
+            self.untouched = Some(Untouched::look(directory, &self.layer)?);
+        }
+        Ok(())
+    }
+
+    /// Whether the snapshot's image is a block device.
+    pub fn is_device(&self) -> bool {
+        self.layer.starts_with('/')
     }
 
     /// The cut's change of names: the new layer becomes the disk, the disk the snapshot. None where each keeps its own.

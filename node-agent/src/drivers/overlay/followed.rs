@@ -1,0 +1,74 @@
+//! What a disk is by now, on whose image a layer was made that its VM's owner has to follow: told by names, headers and
+//! times of files, so that it doesn't matter who remembers what.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::follow::{FORMATS, image_below, layer_on, metadata, overwritten};
+use super::prepare::header;
+use super::state::State;
+use crate::drivers::DiskTask;
+use crate::hypervisor::image::ImageRoots;
+use crate::hypervisor::target_file::KnownDisk;
+
+/// The block device that a task's disk was, and the layer that is the disk in its place.
+pub fn device_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
+    let state: State = task.state().ok().filter(|_| task.driver == "overlay")?;
+    state.is_device().then(|| (state.layer.clone().into(), state.directory.join(&state.disk_file)))
+}
+
+/// Why a disk isn't what it should be, if its VM was started with an image that a layer had been made on: whether it
+/// runs on that image now, or did before.
+pub fn not_followed(disk: &Path, format: &str, roots: &ImageRoots) -> Option<String> {
+    if FORMATS.contains(&format) {
+        let layer = layer_over(disk, format, roots)?;
+        return Some(format!(
+            "the VM was started with {}, and what was written after a snapshot of it is in {}: delete that file to go on \
+             without it",
+            disk.display(),
+            layer.display()
+        ));
+    }
+    let (image, _) = image_below(disk)?;
+    let modified = |path: &Path| {
+        let (directory, name) = roots.directory_of(path).ok()?;
+        metadata(&directory, &name).ok().map(|found| (found.mtime(), found.mtime_nsec()))
+    };
+    (modified(&image)? > modified(disk)?).then(|| overwritten(&image))
+}
+
+/// The layer that is the disk in an image's place.
+pub fn layer_over(image: &Path, format: &str, roots: &ImageRoots) -> Option<PathBuf> {
+    let (directory, name) = roots.directory_of(image).ok()?;
+    let layer = layer_on(&name, format);
+    let below = header(&directory, &layer).ok()?.backing?;
+    let below = Path::new(&below).file_name()?.to_str()?;
+    // Its backing file may be a layer that was snapshotted since: what lies on the image is told by the name.
+    (below == name || below.starts_with(&layer)).then(|| directory.join(&layer))
+}
+
+/// Whether a layer on a device is there, and not merged.
+pub fn is_layer(layer: &Path, roots: &ImageRoots) -> bool {
+    roots.directory_of(layer).is_ok_and(|(directory, name)| header(&directory, &name).is_ok())
+}
+
+/// What a disk that was last known as `disk` is by now.
+#[must_use]
+pub fn now(disk: &KnownDisk, roots: &ImageRoots) -> KnownDisk {
+    let (path, format) = if FORMATS.contains(&disk.format.as_str()) {
+        (layer_over(&disk.path, &disk.format, roots), "qcow2")
+    } else {
+        let is_gone = |path: &Path| {
+            let found = roots.directory_of(path).and_then(|(directory, name)| directory.id(&name));
+            matches!(found, Ok(None))
+        };
+        match image_below(&disk.path).filter(|_| is_gone(&disk.path)) {
+            Some((image, format)) => (Some(image).filter(|image| !is_gone(image)), format),
+            None => (None, ""),
+        }
+    };
+    match path {
+        Some(path) => KnownDisk { path, format: format.to_owned(), ..disk.clone() },
+        None => disk.clone(),
+    }
+}
