@@ -19,13 +19,13 @@ async fn limited(shape: Shape, disks: usize, deepest: i32) -> Lab {
 
 impl Lab {
     /// Deletes a snapshot, but not its files.
-    async fn retain(&self, number: u32) {
+    pub async fn retain(&self, number: u32) {
         let mut order = self.snapshots[&number].order.clone();
         order.deletion_policy = DeletionPolicy::Retain;
         self.delete_order(&order).await;
     }
 
-    async fn shorten(&self) -> Result<Depth, ShorteningError> {
+    pub async fn shorten(&self) -> Result<Depth, ShorteningError> {
         let vm = self.snapshots.values().next().unwrap().order.vm.clone();
         Box::pin(self.sessions.shorten(&vm, &Waiting::default())).await
     }

@@ -1,6 +1,6 @@
 //! One VM with its sessions, and what every view must read at any moment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -56,6 +56,8 @@ pub struct Lab {
     start: Vec<(String, usize)>,
     /// Images of retained snapshots that are beside the chains.
     pub left_out: usize,
+    /// Snapshots that are gone while their images are kept, in random lives: there they may be beside the chains.
+    pub retained: BTreeSet<u32>,
     taken: u32,
     written: u8,
     _stop: watch::Sender<bool>,
@@ -109,6 +111,7 @@ impl Lab {
             parameters: BTreeMap::new(),
             start: vec![],
             left_out: 0,
+            retained: BTreeSet::new(),
             taken: 0,
             written: 0,
             _stop: stop,
@@ -283,11 +286,14 @@ impl Lab {
         for disk in &self.disks {
             self.machine.expect(&disk.id, &disk.now).await;
         }
-        let with_snapshots = self.start.iter().map(|(driver, depth)| {
-            let layered = !self.snapshots.is_empty() && ["raw", "qed"].contains(&driver.as_str());
-            (if layered { "qcow2".to_owned() } else { driver.clone() }, depth + self.snapshots.len() - self.left_out)
-        });
-        assert_eq!(self.shape().await, with_snapshots.collect::<Vec<_>>(), "filters and layers");
+        let shape = self.shape().await;
+        assert_eq!(shape.len(), self.start.len());
+        for ((driver, depth), (at_first, below)) in shape.into_iter().zip(&self.start) {
+            let layered = !self.snapshots.is_empty() && ["raw", "qed"].contains(&at_first.as_str());
+            assert_eq!(driver, if layered { "qcow2" } else { at_first }, "filters");
+            let most = below + self.snapshots.len() - self.left_out;
+            assert!((most - self.retained.len()..=most).contains(&depth), "{depth} layers, not {most}");
+        }
         let graph = self.machine.graph().await;
         let mut used = vec![];
         for disk in graph.disks() {

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use freezeframe_api::v1alpha1::ContentPhase;
+use freezeframe_api::v1alpha1::{ContentPhase, DiskSnapshotState, Limits};
 use tokio::time::Instant;
 
 use crate::crashes::cut_off;
@@ -18,6 +18,7 @@ const FIXED: [u64; 6] = [1, 2, 3, 4, 5, 6];
 const STEPS: u32 = 30;
 /// Longer chains only take longer.
 const MOST_SNAPSHOTS: usize = 5;
+const MOST_RETAINED: usize = 3;
 /// A snapshot waits fewer times than this, and a deletion too.
 const MOST_POLLS: u64 = 160;
 
@@ -76,16 +77,22 @@ enum Step {
     Delete(u32),
     /// The same; before another agent goes on, a second snapshot's deletion may begin.
     DeleteCutOff(u32, usize, Meanwhile, Option<u32>),
+    /// The snapshot goes, and its images are kept.
+    Retain(u32),
+    /// What no snapshot needs goes out of chains that are too deep.
+    Shorten,
+    /// The agent dies at the given wait of it; another one goes on.
+    ShortenCutOff(usize, Meanwhile),
     Restart,
     Stop,
     Start,
 }
 
 fn next(chance: &mut Chance, lab: &mut Lab) -> Step {
-    let snapshots: Vec<_> = lab.snapshots.keys().copied().collect();
+    let snapshots: Vec<_> = lab.snapshots.keys().copied().filter(|number| !lab.retained.contains(number)).collect();
     let running = lab.machine.is_running();
     loop {
-        return match chance.below(12) {
+        return match chance.below(16) {
             0 if running => Step::Write,
             1..=3 if running && snapshots.len() < MOST_SNAPSHOTS => Step::Take,
             4 | 5 if running && snapshots.len() < MOST_SNAPSHOTS => {
@@ -99,6 +106,11 @@ fn next(chance: &mut Chance, lab: &mut Lab) -> Step {
             }
             10 if running => chance.of(&[Step::Restart, Step::Stop]),
             11 if !running => Step::Start,
+            12 if !snapshots.is_empty() && lab.retained.len() < MOST_RETAINED => Step::Retain(chance.of(&snapshots)),
+            13 if running && !lab.snapshots.is_empty() => Step::Shorten,
+            14 | 15 if running && !lab.retained.is_empty() => {
+                Step::ShortenCutOff(chance.polls(), chance.of(&MEANWHILE))
+            }
             _ => continue,
         };
     }
@@ -121,7 +133,7 @@ impl Step {
             Self::Write => lab.write().await,
             Self::Take => drop(lab.take().await),
             Self::TakeCutOff(polls, meanwhile) => take_cut_off(lab, polls, meanwhile).await,
-            Self::Delete(number) => lab.delete(number).await,
+            Self::Delete(number) => delete(lab, number).await,
             Self::DeleteCutOff(number, polls, meanwhile, other) => {
                 let order = lab.snapshots[&number].order.clone();
                 cut_off(Box::pin(lab.sessions.delete(&order)), polls).await;
@@ -130,15 +142,36 @@ impl Step {
                     // It may have to wait for a job that the first agent started; what it does, it does in between.
                     lab.sessions.delete(&lab.snapshots[&other].order).await.unwrap();
                 }
-                lab.delete(number).await;
+                delete(lab, number).await;
                 if let Some(other) = other {
-                    lab.delete(other).await;
+                    delete(lab, other).await;
                 }
+            }
+            Self::Retain(number) => {
+                lab.retain(number).await;
+                lab.retained.insert(number);
+            }
+            Self::Shorten => println!("{:?}", lab.shorten().await.unwrap()),
+            Self::ShortenCutOff(polls, meanwhile) => {
+                cut_off(Box::pin(lab.shorten()), polls).await;
+                meanwhile.happen(lab).await;
+                lab.shorten().await.unwrap();
             }
             Self::Restart => lab.restart().await,
             Self::Stop => lab.machine.kill(),
             Self::Start => lab.machine.start().await,
         }
+    }
+}
+
+/// Deletes a snapshot; one that a retained image needs is retained, too.
+async fn delete(lab: &mut Lab, number: u32) {
+    let order = lab.snapshots[&number].order.clone();
+    let status = lab.delete_order(&order).await;
+    if status.disks.iter().any(|disk| disk.state == DiskSnapshotState::Retained) {
+        lab.retained.insert(number);
+    } else {
+        lab.snapshots.remove(&number);
     }
 }
 
@@ -178,6 +211,7 @@ async fn live(seed: u64) {
     let (shape, disks) = (chance.of(&SHAPES), chance.of(&[1, 2]));
     println!("seed {seed}: {disks} disks, {shape:?}");
     let mut lab = lab(shape, disks).await;
+    lab.limits = Limits { max_chain_depth: Some(1), ..Limits::default() };
     for number in 1..=STEPS {
         let step = next(&mut chance, &mut lab);
         println!("seed {seed}, step {number}: {step:?}");
@@ -187,8 +221,8 @@ async fn live(seed: u64) {
     if !lab.machine.is_running() {
         lab.machine.start().await;
     }
-    while let Some(number) = lab.snapshots.keys().next().copied() {
-        lab.delete(number).await;
+    while let Some(number) = lab.snapshots.keys().copied().find(|number| !lab.retained.contains(number)) {
+        delete(&mut lab, number).await;
         lab.check().await;
     }
 }
