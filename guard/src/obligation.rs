@@ -121,12 +121,20 @@ impl Obligation {
     /// A job that still runs may put another node in the disk's place at any moment: it is cancelled, and seen to be over.
     async fn end_job(&self, qmp: &Qmp) -> Result<(), Unsettled> {
         let Some(id) = &self.record.job else { return Ok(()) };
-        let jobs = qmp.query_jobs(self.timing.step).await?;
-        if jobs.iter().all(|job| job.id != *id || job.status == "concluded") {
+        if self.is_over(qmp, id).await? {
             return Ok(());
         }
-        qmp.job_cancel(id, self.timing.step).await?;
-        Err(Unsettled::Job)
+        match qmp.job_cancel(id, self.timing.step).await {
+            Ok(()) => Err(Unsettled::Job),
+            // It ended by itself meanwhile: the names are due before the guest goes on.
+            Err(PeerError::Command { .. }) if self.is_over(qmp, id).await? => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn is_over(&self, qmp: &Qmp, id: &str) -> Result<bool, Unsettled> {
+        let jobs = qmp.query_jobs(self.timing.step).await?;
+        Ok(jobs.iter().all(|job| job.id != *id || job.status == "concluded"))
     }
 
     async fn resume(&mut self, qmp: &Qmp) -> Result<(), Unsettled> {

@@ -34,6 +34,8 @@ pub struct Guest {
     pub mute_monitor: bool,
     /// Status of a block job `merge`, which has put its node in the disk's place by the time that it is cancelled.
     pub merge: &'static str,
+    /// Why that job can't be cancelled: it is over just before it is asked to be.
+    pub too_late: Option<&'static str>,
 }
 
 pub struct FakeVm {
@@ -57,6 +59,7 @@ impl FakeVm {
             late_freeze: false,
             mute_monitor: false,
             merge: "concluded",
+            too_late: None,
         };
         let root = TempDir::new().unwrap();
         let mut vm = Self { root, name, guest: Arc::new(Mutex::new(guest)), tasks: Vec::new() };
@@ -203,7 +206,7 @@ impl Guest {
             "job-cancel" => {
                 self.merge = "concluded";
                 self.active_node = "overlay0";
-                json!({})
+                self.too_late.map_or(json!({}), |why| json!({"error": {"class": "GenericError", "desc": why}}))
             }
             "query-block" => json!([{
                 "device": "", "qdev": "/machine/peripheral/vd0/virtio-backend", "type": "unknown",
@@ -258,7 +261,9 @@ async fn serve_monitor(client: UnixStream, guest: &Mutex<Guest>) {
     while client.read_line(&mut line).await.is_ok_and(|read| read > 0) {
         let request: Value = serde_json::from_str(&std::mem::take(&mut line)).unwrap();
         let said = guest.lock().unwrap().answer_monitor(request["execute"].as_str().unwrap());
-        let answer = format!("{}\n", json!({"return": said, "id": request["id"]}));
+        let kind = if said.get("error").is_some() { "error" } else { "return" };
+        let said = said.get("error").unwrap_or(&said);
+        let answer = format!("{}\n", json!({kind: said, "id": request["id"]}));
         if client.get_mut().write_all(answer.as_bytes()).await.is_err() {
             return;
         }

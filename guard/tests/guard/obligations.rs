@@ -81,6 +81,20 @@ async fn a_job_that_may_still_take_the_disks_place_is_ended_before_the_names_are
 }
 
 #[tokio::test]
+async fn a_job_that_ends_as_it_is_cancelled_has_its_names_settled_before_the_guest_goes_on() {
+    let (vm, harness) = (FakeVm::start("db"), Harness::start());
+    let (exchanges, job) = (vec![vm.exchange(Kind::Replace)], Some("merge".to_owned()));
+    let new_inode = std::fs::metadata(vm.path("disk.new")).unwrap().ino();
+    vm.guest().run_state = "paused";
+    vm.guest().watched = Some(vm.path("disk"));
+    vm.guest().merge = "running";
+    vm.guest().too_late = Some("the job is concluded");
+    owe(&harness, Record { may_resume: true, exchanges, job, ..vm.record() }).await;
+    harness.settled().await;
+    assert_eq!(vm.guest().log[0], format!("cont at inode {new_inode}"));
+}
+
+#[tokio::test]
 async fn names_that_changed_hands_already_are_not_changed_back() {
     let (vm, harness) = (FakeVm::start("db"), Harness::start());
     vm.guest().active_node = "overlay0";
