@@ -146,6 +146,12 @@ async fn refused(restores: &Restores, order: &RestoreOrder, reason: &str) {
     assert_eq!(names(), before);
 }
 
+fn check(images: &[(PathBuf, Content)]) {
+    for (image, content) in images {
+        content.check(image, "raw").unwrap();
+    }
+}
+
 /// Volumes that a restore has not settled.
 fn left() -> Vec<String> {
     names().into_iter().filter(|name| name.contains("vmrestore-") || name.contains("vmreplaced-")).collect()
@@ -169,14 +175,14 @@ async fn a_new_vm_gets_volumes_that_outlive_the_snapshot_they_are_of() {
     std::fs::remove_dir_all(world.sessions.vm_root.join("shop/linked")).unwrap();
     // The VM's directory is gone, its volumes aren't.
     refused(&restores, &to_new(4, &taken, "linked", RestoreMode::Full), reasons::VM_EXISTS).await;
-    made.iter().for_each(|(path, content)| content.check(path, "raw").unwrap());
+    check(&made);
     for (path, content) in &mut made {
         qemu_io(path, "raw", &[], &content.write(200)).unwrap();
     }
     taken.check();
     world.check_guest().await;
     delete(&world, &taken).await;
-    made.iter().for_each(|(path, content)| content.check(path, "raw").unwrap());
+    check(&made);
     for (path, _) in &made {
         lvm(&format!("lvremove -qq -f {}", path.strip_prefix("/dev").unwrap().display()));
     }

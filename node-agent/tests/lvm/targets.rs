@@ -89,10 +89,14 @@ async fn a_copy_goes_to_a_volume_that_its_user_made_for_it_and_leaves_it_there()
     assert_eq!(names(), before, "they are their user's");
     contents[1].check(Path::new(&path("to-b")), "raw").unwrap();
     refuses(&world, &order(&world, 3, &targets), "not empty").await;
-    ["to-a", "to-b"].iter().for_each(|name| dd("/dev/zero", name, 1, 0));
+    for name in ["to-a", "to-b"] {
+        dd("/dev/zero", name, 1, 0);
+    }
     assert_eq!(world.advance(&order(&world, 4, &targets)).await.phase, Some(ContentPhase::Ready));
     assert!(world.sessions.delete(&order(&world, 4, &targets)).await.unwrap().over);
-    targets.iter().for_each(|target| drop(lvm(&format!("lvremove -qq -f {target}"))));
+    for target in targets {
+        lvm(&format!("lvremove -qq -f {target}"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
