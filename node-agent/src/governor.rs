@@ -79,12 +79,12 @@ enum Found {
 
 impl Depths {
     fn learn(&self, vm: &VmKey, depth: Result<Depth, ShorteningError>) {
+        let too_deep = |reason, disks: &[String]| Found::TooDeep { reason, message: disks.join("; ") };
         let found = match depth {
             Ok(Depth::Enough) => Found::Enough,
             Ok(Depth::Unseen) => return,
-            Ok(Depth::TooDeep(disks)) => {
-                Found::TooDeep { reason: reasons::NEEDED_BY_SNAPSHOTS, message: disks.join("; ") }
-            }
+            Ok(Depth::Needed(disks)) => too_deep(reasons::NEEDED_BY_SNAPSHOTS, &disks),
+            Ok(Depth::Hindered(disks)) => too_deep(reasons::NOT_NOW, &disks),
             Err(error @ ShorteningError::Driver { .. }) => {
                 tracing::debug!(%vm, error = chain(&error), "chains can't be shortened");
                 Found::TooDeep { reason: reasons::NOT_NOW, message: chain(&error) }
@@ -138,7 +138,7 @@ mod tests {
         assert_eq!(told(&depths, &vm, &mut status), None);
         depths.learn(&vm, Ok(Depth::Enough));
         assert_eq!(told(&depths, &vm, &mut status), None);
-        depths.learn(&vm, Ok(Depth::TooDeep(vec!["disk vda".into()])));
+        depths.learn(&vm, Ok(Depth::Needed(vec!["disk vda".into()])));
         let pair = |status: &str, reason: &str| Some((status.to_owned(), reason.to_owned()));
         assert_eq!(told(&depths, &vm, &mut status), pair("True", reasons::NEEDED_BY_SNAPSHOTS));
         depths.learn(&vm, Ok(Depth::Unseen));

@@ -88,12 +88,16 @@ impl State {
         if self.beneath.is_some() { roots.directory(&self.root) } else { trusted_directory(&self.root) }
     }
 
-    /// The same as it is; none where it isn't there and nothing was made that could be in it.
+    /// The same as it is; none where it isn't there, and with it nothing that was made. A root that isn't there may come
+    /// back, such as a file system that isn't mounted; what is gone from below it was removed.
     fn existing_directory(&self, task: &DiskTask, roots: &ImageRoots) -> Result<Option<ImageDirectory>> {
         let open = |above: ImageDirectory, name: &String| above.existing_subdirectory(name);
-        let found = self.open_root(roots).and_then(|root| self.path(task).iter().try_fold(root, open));
-        match found {
-            Err(error) if error.is_no_directory() && self.id.is_none() => Ok(None),
+        let root = match self.open_root(roots) {
+            Err(error) if error.is_no_directory() && self.id.is_none() => return Ok(None),
+            root => root?,
+        };
+        match self.path(task).iter().try_fold(root, open) {
+            Err(error) if error.is_not_found() || error.is_no_directory() && self.id.is_none() => Ok(None),
             found => Ok(found.map(Some)?),
         }
     }

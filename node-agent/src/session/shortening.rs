@@ -45,8 +45,10 @@ pub enum Depth {
     Enough,
     /// It can't be seen now: the VM doesn't run, or something else is done to its layers.
     Unseen,
-    /// These are deeper, in words.
-    TooDeep(Vec<String>),
+    /// Some are deeper, and snapshots need all of their images: which, in words.
+    Needed(Vec<String>),
+    /// Some are deeper, and something else is in the way: what, in words.
+    Hindered(Vec<String>),
 }
 
 impl Sessions {
@@ -80,7 +82,11 @@ impl Sessions {
         let env = Env { vm: Some(&opened), roots: &self.roots, siblings: &siblings, pace: &pace };
         match Box::pin(shorten::shorten(&env, &opened, deepest)).await {
             Ok(left) if left.is_empty() => Ok(Depth::Enough),
-            Ok(left) => Ok(Depth::TooDeep(left.iter().map(|disk| said(disk, deepest, &records, self)).collect())),
+            Ok(left) => {
+                let disks = left.iter().map(|disk| said(disk, deepest, &records, self)).collect();
+                let hindered = left.iter().any(|disk| disk.hindrance.is_some());
+                Ok(if hindered { Depth::Hindered(disks) } else { Depth::Needed(disks) })
+            }
             Err(DriverError::MadeWay) => Ok(Depth::Unseen),
             Err(source) => Err(ShorteningError::Driver { vm: vm.clone(), source: Box::new(source) }),
         }

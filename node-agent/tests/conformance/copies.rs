@@ -131,6 +131,11 @@ async fn a_copy_is_called_what_the_class_says_and_never_takes_a_name_that_is_tak
     world.check_artifacts(&order, &taken);
     world.delete(&order).await;
     assert!(files.iter().all(|file| !file.exists()));
+    // What somebody removed with its directory is gone, and its deletion waits for nothing.
+    let order = named(&world, 3);
+    world.snapshot(&order).await;
+    std::fs::remove_dir_all(copies.join("shop")).unwrap();
+    world.delete(&order).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

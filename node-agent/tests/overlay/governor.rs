@@ -112,7 +112,7 @@ async fn a_chain_that_snapshots_need_stays_and_it_is_said_which_they_are() {
     for _ in 0..4 {
         lab.take().await;
     }
-    let Depth::TooDeep(said) = lab.shorten().await.unwrap() else { panic!("not too deep") };
+    let Depth::Needed(said) = lab.shorten().await.unwrap() else { panic!("not too deep") };
     assert!(said[0].contains("disk vda reads through 4") && said[0].contains("s1, s2, s3, s4"), "{said:?}");
     lab.check().await;
     lab.delete(1).await;

@@ -368,7 +368,11 @@ async fn commit_middle(
 }
 
 pub async fn start(env: &Env<'_>, vm: &Vm, state: &State, command: &str, mut arguments: Value) -> Result<()> {
-    if let Some(job) = jobs::find(vm.qmp(), &state.job()).await? {
+    let found = jobs::find(vm.qmp(), &state.job()).await?;
+    if found.as_ref().is_some_and(|job| job.kind == "stream") {
+        // An agent that died copied upwards, and waited with the last step, which isn't wanted any more.
+        jobs::cancel(vm.qmp(), &state.job()).await?;
+    } else if let Some(job) = found {
         // It rested when the agent that had it rest ended.
         if ["paused", "standby"].contains(&job.status.as_str()) {
             let resumed = vm.qmp().execute::<Value>("job-resume", json!({"id": job.id}), QMP_TIMEOUT).await;

@@ -37,14 +37,35 @@ impl Upwards<'_> {
         self.place.renew(env, vm).await?;
         self.start(vm, env.pace.speed).await?;
         env.pace.wait(vm.qmp(), self.job, Wanted::Pending).await?;
-        // From here first: while QEMU flushes, its main loop stands still.
-        self.directory.sync_file(&name_of(self.directory, self.place.id(self.directory, self.into))?)?;
-        at_rest::flush(vm, self.layer()).await?;
+        if let Err(error) = self.write_out(env, vm).await {
+            // Left waiting for its last step, it would be in the way of every other.
+            jobs::cancel(vm.qmp(), self.job).await?;
+            return Err(error);
+        }
         crate::crash::point("copied-upwards");
         vm.qmp().job_finalize(self.job, QMP_TIMEOUT).await.map_err(qemu(format!("finish {}", self.job)))?;
         jobs::wait(vm.qmp(), self.job, Wanted::Gone).await?;
         crate::crash::point("left-out");
         Ok(())
+    }
+
+    /// Has all of what was copied on disk while the job waits. A layer below the disk's own may be one that QEMU named
+    /// itself and doesn't reopen for us: but the end of a job makes it read-only, which writes it out, and another job
+    /// finds nothing to copy.
+    async fn write_out(&self, env: &Env<'_>, vm: &Vm) -> Result<()> {
+        // From here first: while QEMU flushes, its main loop stands still.
+        self.directory.sync_file(&name_of(self.directory, self.place.id(self.directory, self.into))?)?;
+        if self.into == 0 {
+            return at_rest::flush(vm, self.layer()).await;
+        }
+        jobs::cancel(vm.qmp(), self.job).await?;
+        if !at_rest::is_read_only(vm, self.layer()).await? {
+            let why = "was left writable by QEMU, so it isn't known whether all of it is on disk";
+            return Err(DriverError::NotNow(format!("{} {why}", self.layer().file)));
+        }
+        self.place.renew(env, vm).await?;
+        self.start(vm, 0).await?;
+        jobs::wait(vm.qmp(), self.job, Wanted::Pending).await
     }
 
     fn layer(&self) -> &Node {
