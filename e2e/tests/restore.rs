@@ -200,6 +200,12 @@ async fn a_vm_of_mixed_layers_is_put_back_to_one_instant_boots_and_is_undone() -
     let then = checksums(&images(&taken)?)?;
     world.guest()?.await_records(20, SOON).await?;
 
+    for mode in ["Linked", "Full"] {
+        let name = mode.to_lowercase();
+        world.apply_restore(&name, &taken, json!({"target": {"newVM": name}, "mode": mode})).await?;
+        let images = restored_images(&world.await_success(&name).await?);
+        ensure!(checksums(&images)? == then, "{mode}: {images:?} read differently");
+    }
     let restored = world.restore_in_place("back", &taken).await?;
     let stopped = world.guest.take().context("a guest")?.await_end().await?;
     let durable = stopped.records_written();
