@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::state::{Merging, State};
 use crate::drivers::tool::look;
 use crate::drivers::{DriverError, Result};
+use crate::hypervisor::device::number_of;
 use crate::hypervisor::image::ImageDirectory;
 
 /// Both files are read in full, and a layer may have terabytes.
@@ -65,5 +66,6 @@ async fn compare(directory: &ImageDirectory, state: &State, merging: &Merging) -
 /// An image as `qemu-img` opens it while a QEMU has locks on it that it left behind at a merge. Neither file is written
 /// any more: the one is no longer in the chain, the other is a snapshot.
 fn unlocked(image: &Path, format: &str) -> Value {
-    json!({"driver": format, "file": {"driver": "file", "filename": image, "locking": "off"}})
+    let protocol = if number_of(image).is_ok() { "host_device" } else { "file" };
+    json!({"driver": format, "file": {"driver": protocol, "filename": image, "locking": "off"}})
 }
