@@ -17,7 +17,8 @@ use crate::world::World;
 /// Room for a file system with a journal, in MiB.
 const MIB: u64 = 24;
 const BOOT: Duration = Duration::from_secs(900);
-const MOST_ATTEMPTS: u32 = 10;
+/// For how long snapshots are tried again that the product's own bounds refuse.
+const PATIENCE: Duration = Duration::from_secs(1500);
 const RECORDS: Duration = Duration::from_secs(300);
 /// The drivers in the order that the class has them, after `lvm`.
 const OTHERS: [&str; 3] = ["btrfs", "reflink", "overlay"];
@@ -62,7 +63,7 @@ const TOO_SLOW: [&str; 3] = [reasons::GUEST_AGENT_UNAVAILABLE, reasons::FREEZE_T
 /// Takes a snapshot of all disks. The guest's agent, emulated twice over on a busy machine, may be too slow for the
 /// product's bounds, which stay as they are: then the snapshot fails in words, is taken back, and another is taken.
 async fn take(world: &World) -> (Order, VMSnapshotContentStatus) {
-    let mut number = 1;
+    let (mut number, end) = (1, Instant::now() + PATIENCE);
     loop {
         let mut order = World::order(number);
         order.required = ConsistencyLevel::Filesystem;
@@ -71,7 +72,7 @@ async fn take(world: &World) -> (Order, VMSnapshotContentStatus) {
         order.drivers.extend(OTHERS.map(other));
         let status = world.advance(&order).await;
         let ready = find(&status.conditions, types::READY).unwrap();
-        if number == MOST_ATTEMPTS || !TOO_SLOW.contains(&ready.reason.as_str()) {
+        if Instant::now() > end || !TOO_SLOW.contains(&ready.reason.as_str()) {
             return (order, status);
         }
         println!("not yet: {}", ready.message);
