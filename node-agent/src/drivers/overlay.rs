@@ -19,6 +19,7 @@ mod at_rest;
 pub(crate) mod follow;
 mod follow_merge;
 pub(crate) mod followed;
+pub(crate) mod left_running;
 mod merge;
 mod needs;
 mod offline_merge;

@@ -13,6 +13,7 @@ use super::outcome::{Failure, chain};
 use super::window::Freeze;
 use crate::drivers::DiskTask;
 use crate::drivers::choice::{Candidate, candidates, choose};
+use crate::drivers::overlay::left_running;
 use crate::hypervisor::disks::{Disks, FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, QMP_TIMEOUT, Vm};
 
@@ -52,6 +53,9 @@ pub async fn accept(sessions: &Sessions, order: &Order, machine: &Machine) -> Re
         .map_err(|error| Failure::refused(error.reason(), chain(&error)))?;
     // The one that we opened has no state, and no virtual CPU that ever ran.
     let running = !machine.is_still() && check_state(order, vm).await?;
+    if !machine.is_still() {
+        left_running::make_way(vm).await.map_err(|error| Failure::refused(reasons::VM_BUSY, chain(&error)))?;
+    }
     let Disks { found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
     let wanted = select(order, found, &out_of_reach, machine.left_out())?;
     let tasks = wanted.iter().enumerate().map(|(index, disk)| task(order, index, disk, &candidates));

@@ -95,16 +95,17 @@ impl Sessions {
             return Ok(over(outcome::removed(&record, &kept)));
         }
         let whole = record.stage == Stage::Complete && !record.removing;
-        if order.deletion_policy == DeletionPolicy::Retain && whole {
-            record.stage = Stage::Retained;
-            self.journal.save(&record)?;
-            return Ok(over(outcome::removed(&record, &handles(&record))));
-        }
-        if !record.removing {
+        let retained = order.deletion_policy == DeletionPolicy::Retain && whole;
+        if !record.removing && !retained {
             record.removing = true;
             self.journal.save(&record)?;
         }
-        match Box::pin(self.remove_artifacts(&mut record, waiting)).await {
+        let removed = if retained {
+            Box::pin(self.settle_retained(&mut record, waiting)).await
+        } else {
+            Box::pin(self.remove_artifacts(&mut record, waiting)).await
+        };
+        match removed {
             Ok(removed) => {
                 record.stage = if removed.kept.is_empty() { Stage::Removed } else { Stage::Retained };
                 self.journal.save(&record)?;
@@ -135,10 +136,7 @@ impl Sessions {
         if record.tasks.iter().all(|task| task.state.is_null()) {
             return Ok(removed);
         }
-        let owed = self.guard.owed(&record.order.vm.to_string()).await;
-        if !matches!(owed, Ok(false)) {
-            return Err(RemovalError::Owed(record.order.vm.to_string()));
-        }
+        self.refuse_owed(&record.order).await?;
         let needed = crate::restore::image_on_top(&self.roots, &self.drivers, record);
         if let Some(image) = needed.map_err(|error| RemovalError::Links(Box::new(error)))? {
             return Err(RemovalError::Needed(image));
@@ -148,6 +146,22 @@ impl Sessions {
             self.remove_disk(record, at, &mut removed).await?;
         }
         Ok(removed)
+    }
+
+    /// Where the files are that stay. Once they are told, they move no more: what moves them is finished first.
+    async fn settle_retained(&self, record: &mut SessionRecord, waiting: &Waiting) -> Result<Removed, RemovalError> {
+        let pace = limits::pace(&record.order.limits, waiting);
+        let mut removed = Removed { pace, kept: vec![], moved: vec![] };
+        self.finish_half_removed(record, &mut removed).await?;
+        removed.kept = handles(record);
+        Ok(removed)
+    }
+
+    async fn refuse_owed(&self, order: &Order) -> Result<(), RemovalError> {
+        match self.guard.owed(&order.vm.to_string()).await {
+            Ok(false) => Ok(()),
+            _ => Err(RemovalError::Owed(order.vm.to_string())),
+        }
     }
 
     /// Finishes what a crash interrupted in the removal of other snapshots of the VM. It may have moved this record's
@@ -161,6 +175,7 @@ impl Sessions {
             };
             for at in (0..other.tasks.len()).filter(half_removed).collect::<Vec<_>>() {
                 let kept = removed.kept.len();
+                self.refuse_owed(&order).await?;
                 self.remove_disk(&mut other, at, removed).await?;
                 // That is the other's to tell: of this snapshot nothing is kept for it.
                 removed.kept.truncate(kept);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{ContentPhase, Limits};
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::locks::VmLocks;
@@ -92,6 +93,44 @@ async fn a_merge_upwards_makes_way_for_a_snapshot() {
 async fn what_was_copied_upwards_is_on_disk_before_its_source_goes() {
     let mut lab = lab(Shape::Legacy, 1).await;
     let taken = lab.take().await;
+    lab.delete(taken).await;
+    lab.restart().await;
+    lab.check().await;
+}
+
+/// The agent ends while a merge runs.
+async fn leave_merging(lab: &Lab, victim: u32) {
+    tokio::select! {
+        _ = lab.sessions.delete(&lab.snapshots[&victim].order) => panic!("the merge ended too soon"),
+        () = until_a_job_runs(lab) => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_nobody_waits_for_makes_way_for_a_snapshot() {
+    for (shape, at) in [(Shape::Blockdev, 1), (Shape::Iothreads, 0), (Shape::Legacy, 1)] {
+        println!("{shape:?}, snapshot {at}");
+        let mut lab = lab(shape, 1).await;
+        slowly(&mut lab);
+        let taken = [lab.take().await, lab.take().await];
+        leave_merging(&lab, taken[at]).await;
+        lab.take().await;
+        lab.delete(taken[at]).await;
+        lab.check().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_refused_where_making_way_would_leave_an_image_writable() {
+    let mut lab = lab(Shape::Legacy, 1).await;
+    slowly(&mut lab);
+    let taken = lab.take().await;
+    lab.restart().await;
+    leave_merging(&lab, taken).await;
+    let (_, order) = lab.order();
+    let status = lab.advance(&order).await;
+    let accepted = find(&status.conditions, types::ACCEPTED).unwrap();
+    assert_eq!((accepted.status.as_str(), accepted.reason.as_str()), ("False", reasons::VM_BUSY), "{accepted:?}");
     lab.delete(taken).await;
     lab.restart().await;
     lab.check().await;

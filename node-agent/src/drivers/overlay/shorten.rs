@@ -31,7 +31,7 @@ use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// A VM has one such job at a time.
-const JOB: &str = "ff-shorten";
+pub const JOB: &str = "ff-shorten";
 /// Each round leaves out an image at least, or makes one read-only.
 const MOST_ROUNDS: usize = 1024;
 

@@ -1,0 +1,37 @@
+//! Merges that nobody waits for any more, because the agent that began them has ended or gave up on them.
+
+use freezeframe_qemu::BlockGraph;
+
+use super::shorten;
+use crate::drivers::{DriverError, Result, jobs, qemu};
+use crate::hypervisor::{QMP_TIMEOUT, Vm};
+
+/// Cancels them, so that a snapshot can be taken. Only for who has the VM to itself: then nobody waits for any.
+pub async fn make_way(vm: &Vm) -> Result<()> {
+    let all = vm.qmp().query_jobs(QMP_TIMEOUT).await.map_err(qemu("list the block jobs"))?;
+    // One that is over is the proof that a merge is done.
+    let ours = all.iter().filter(|job| is_ours(&job.id) && job.status != "concluded").collect::<Vec<_>>();
+    if ours.is_empty() {
+        return Ok(());
+    }
+    let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
+    if writes_for_good(&graph) {
+        let why = "a snapshot is being merged into an image that QEMU opened by itself, and would leave writable";
+        return Err(DriverError::NotNow(why.into()));
+    }
+    for job in ours {
+        tracing::info!(job = job.id, "a merge that nobody waits for makes way for a snapshot");
+        jobs::cancel(vm.qmp(), &job.id).await?;
+    }
+    Ok(())
+}
+
+fn is_ours(job: &str) -> bool {
+    job == shorten::JOB || (job.starts_with("ff-") && job.ends_with("-merge"))
+}
+
+/// Whether an image below a disk's own is writable that nobody could make read-only again.
+fn writes_for_good(graph: &BlockGraph) -> bool {
+    let tops = graph.disks().iter().filter_map(|disk| disk.top.as_deref());
+    tops.flat_map(|top| graph.chain(top).into_iter().skip(1)).any(|node| node.auto_named && !node.read_only)
+}
