@@ -110,7 +110,7 @@ async fn merge_above(
             commit_middle(&daemon, state).await?;
             if state.format == "qcow2" {
                 let size = header(directory, &state.layer)?.virtual_size;
-                daemon.write_out("base", size).await.map_err(|error| offline(&error))?;
+                daemon.write_out(&["over", "above"], "base", size).await.map_err(|error| offline(&error))?;
             }
         }
         None => commit_disk(&daemon, directory, state).await?,
