@@ -196,9 +196,14 @@ pub async fn give_names(restores: &Restores, record: &RestoreRecord, held: Vec<I
 
 /// Removes what was made. Only while no disk's name has changed hands: an old image is never touched.
 pub async fn take_back(restores: &Restores, record: &RestoreRecord) -> Result<()> {
-    for names in all(restores, record)? {
+    for disk in record.disks.iter().filter(|disk| !lies_nowhere(disk)) {
         // A new VM's image has its own name from here on.
-        names.take_back(record.order.new_vm.is_some()).await?;
+        Names::of(restores, disk, &record.order.id())?.take_back(record.order.new_vm.is_some()).await?;
     }
     Ok(())
+}
+
+/// Whether not even the directory was made that the image was to be in.
+fn lies_nowhere(disk: &DiskRestore) -> bool {
+    !disk.is_volume() && disk.made.is_none() && disk.path.parent().is_some_and(|directory| !directory.exists())
 }

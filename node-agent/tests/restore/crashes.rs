@@ -67,7 +67,7 @@ async fn the_agent_that_is_killed() {
 }
 
 /// Works on an order in another process until it is killed at `point`.
-fn killed_at(lab: &Lab, order: &RestoreOrder, point: &str) {
+pub fn killed_at(lab: &Lab, order: &RestoreOrder, point: &str) {
     let run = lab.world.sessions.vm_root.parent().unwrap();
     let ended = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "crashes::the_agent_that_is_killed"])

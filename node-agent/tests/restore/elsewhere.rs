@@ -10,6 +10,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::order::Order;
 
 use crate::cases::{Case, for_every};
+use crate::crashes::killed_at;
 use crate::lab::{CASES, Lab, why};
 
 /// The class's directory, which the agent may use, and a snapshot.
@@ -70,6 +71,19 @@ async fn a_directory_that_the_agent_may_not_use_or_that_is_not_there_is_refused(
     lab.world.sessions.roots = roots;
     lab.restores = crate::lab::restores(&lab.world.sessions, &Lab::journal(&lab.world));
     refused(&mut lab, directory.clone(), "root").await;
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_ends_before_its_directory_is_made_can_be_taken_back() {
+    let (mut lab, _, snapshot, _) = lab_of(CASES[0]).await;
+    let directory = lab.world.storage.root().join("restored");
+    std::fs::create_dir(&directory).unwrap();
+    let order = lab.order_to_new(&snapshot, "new", RestoreMode::Full);
+    let order = RestoreOrder { directory: Some(directory.clone()), ..order };
+    killed_at(&lab, &order, "restore-planned");
+    let deletion = lab.restores.delete(&order, None).await.unwrap();
+    assert!(deletion.over, "{:?}", deletion.status.conditions);
     assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
 }
 

@@ -128,7 +128,9 @@ async fn commit_middle(daemon: &StorageDaemon, state: &State) -> Result<()> {
         "backing-file": state.layer, "auto-dismiss": false,
     });
     daemon.qmp().block_commit(&arguments, QMP_TIMEOUT).await.map_err(qemu("start the merge"))?;
-    jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await
+    jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
+    // Until then it has the nodes.
+    jobs::dismiss_if_concluded(daemon.qmp(), &state.job()).await
 }
 
 /// Merges the disk's own layer; the name changes hands while the daemon still holds the locks.
