@@ -555,3 +555,55 @@ async fn a_block_device_is_refused_without_a_directory_for_its_layer_or_with_one
     assert!(accepted.message.contains("`directory`"), "{}", accepted.message);
     check(&mut lab, Base::Device).await;
 }
+
+/// Deletes a snapshot, which must be refused now.
+async fn refused(lab: &Lab, snapshot: u32) -> String {
+    let deletion = Box::pin(lab.sessions.delete(&lab.snapshots[&snapshot].order)).await.unwrap();
+    assert!(!deletion.over, "{:?}", deletion.status.conditions);
+    find(&deletion.status.conditions, types::REMOVED).unwrap().message.clone()
+}
+
+/// Takes a disk from the running VM, whose guest has no say: a reset unplugs what is waiting for it.
+async fn unplug(lab: &Lab) {
+    lab.machine.execute("device_del", json!({"id": "vda"})).await;
+    lab.machine.execute("system_reset", json!({})).await;
+    let end = tokio::time::Instant::now() + Duration::from_secs(10);
+    while !lab.machine.graph().await.disks().is_empty() {
+        assert!(tokio::time::Instant::now() < end, "never unplugged");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_layer_of_a_disk_that_was_unplugged_keeps_what_was_written_since_the_snapshot() {
+    for base in [Base::Raw, Base::Qed] {
+        let mut lab = lab(base).await;
+        let taken = lab.take().await;
+        unplug(&lab).await;
+        println!("{}", refused(&lab, taken).await);
+        assert_eq!(view(&layer(&lab, base)), lab.disks[0].now, "the disk's newest data");
+        lab.machine.kill();
+        check(&mut lab, base).await;
+        lab.delete(taken).await;
+        check(&mut lab, base).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_layer_is_not_unlinked_over_one_that_has_data() {
+    let base = Base::Raw;
+    let mut lab = lab(base).await;
+    write_target_file(&lab, &base.image(&lab));
+    let first = lab.take().await;
+    lab.machine.kill();
+    let (second, order) = lab.order();
+    assert_eq!(lab.advance(&order).await.phase, Some(ContentPhase::Ready));
+    let views = lab.views();
+    lab.snapshots.insert(second, Snapshot { order, views: views.clone() });
+    // With its old command line.
+    lab.machine.start().await;
+    for snapshot in [first, second, first] {
+        println!("{}", refused(&lab, snapshot).await);
+        assert_eq!(view(&layer(&lab, base)), views[0], "the disk's newest data");
+    }
+}

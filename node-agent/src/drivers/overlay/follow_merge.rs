@@ -28,7 +28,7 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
         return Err(DriverError::NotNow(why));
     }
     match env.vm {
-        Some(vm) if was_never_cut(vm, state).await? => {
+        Some(vm) if was_never_cut(vm, directory, state).await? => {
             close_unused(vm, state).await?;
             directory.unlink(&state.disk_file)?;
             Ok(Removal::Again)
@@ -45,12 +45,14 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
     }
 }
 
-/// Whether QEMU has the new layer and no disk is on it. If it was once, it is merged.
-async fn was_never_cut(vm: &Vm, state: &State) -> Result<bool> {
+/// Whether QEMU has the new layer as it was made. The cut gives it a backing node for good: one with that and no disk on
+/// it may be merged, but its disk may as well have been unplugged.
+async fn was_never_cut(vm: &Vm, directory: &ImageDirectory, state: &State) -> Result<bool> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
-    let tops = graph.disks().iter().filter_map(|disk| disk.top.as_deref());
-    let used = tops.flat_map(|top| graph.chain(top)).any(|node| node.name == state.layer_node());
-    Ok(graph.node(&state.layer_node()).is_some() && !used)
+    let mut tops = graph.disks().iter().filter_map(|disk| disk.top.as_deref());
+    let used = tops.any(|top| graph.chain(top).iter().any(|node| node.name == state.layer_node()));
+    let is_bare = graph.node(&state.layer_node()).is_some_and(|node| node.backing.is_none());
+    Ok(is_bare && !used && follow::is_empty(directory, &state.disk_file).await?)
 }
 
 /// Takes note that the image is about to be written to, unless that is done.
@@ -64,7 +66,9 @@ pub fn begin(directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -
 /// A VM that runs on the snapshot's image, with no merge of ours that would have brought it there: it was cut off before
 /// the cut, or was started with its old command line.
 pub async fn leave(directory: &ImageDirectory, state: &State) -> Result<Removal> {
-    if state.begun || !follow::is_empty(directory, &state.disk_file).await? {
+    // A further layer in between has data when the uppermost has none.
+    let is_all = dependents(directory, state.base)? == [state.disk_file.as_str()];
+    if state.begun || !is_all || !follow::is_empty(directory, &state.disk_file).await? {
         return Err(follow::left_behind(directory, state));
     }
     directory.unlink(&state.disk_file)?;
