@@ -33,6 +33,8 @@ pub enum Removal {
 /// The last step of merging an active layer: let the job finish and hand the disk's name to the merged file.
 #[derive(Debug)]
 pub struct Switch {
+    /// The image that the job wrote to, which is flushed first.
+    pub merged: PathBuf,
     /// The job to complete; none if it is complete already.
     pub job: Option<String>,
     /// The name's change of hands.

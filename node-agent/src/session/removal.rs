@@ -215,8 +215,7 @@ impl Sessions {
                 }
                 Removal::Switch(switch) => {
                     if let Some(vm) = &mut vm {
-                        let merged = switch.exchange.directory.join(&switch.exchange.b);
-                        flush::before_pause(vm, &self.roots, merged).await;
+                        flush::before_pause(vm, &self.roots, switch.merged.clone()).await;
                         let id = format!("{}-{at}", record.order.uid);
                         let switched = window::switch(vm, &self.guard, id, &switch).await;
                         switched

@@ -311,7 +311,7 @@ pub fn nodes_of(layer: &Node) -> Vec<String> {
 
 fn switch(directory: &ImageDirectory, state: &State, job: Option<String>, place: &Place<'_>) -> Result<Removal> {
     let exchange = state.replace(directory, &place.chain[place.at].name)?;
-    Ok(Removal::Switch(Switch { job, exchange }))
+    Ok(Removal::Switch(Switch { merged: directory.join(&state.layer), job, exchange }))
 }
 
 /// Merges a layer that is itself a snapshot's file, and gives this file to that snapshot.
