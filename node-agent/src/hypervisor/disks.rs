@@ -61,13 +61,18 @@ pub async fn disks(vm: &Vm, roots: &ImageRoots) -> Result<Disks, QemuError> {
     let graph = vm.graph().await?;
     let files = node_files(vm.qmp(), &graph, roots, vm.qmp_identity().peer_pid).await?;
     let out_of_reach = out_of_reach(vm).await?;
+    // That of a stopped VM's disks never begins to.
+    let runs = vm.run_state().await?.status != "prelaunch";
     let mut found = vec![];
     for disk in graph.disks().iter().filter(|disk| !out_of_reach.contains(&disk.name())) {
         let Some(node) = disk.top.as_deref().and_then(|top| graph.node(top)) else { continue };
         let device = || BlockDevice::of(node, &graph, vm.qmp_identity().peer_pid);
         let device = only_file(node).and_then(|()| device());
         let writers = writers(vm, disk, &graph).await?;
-        found.push(found_disk(disk, node, device, writers, &files, &graph, roots));
+        let mut disk = found_disk(disk, node, device, writers, &files, &graph, roots);
+        let path = disk.facts.path.as_ref().ok();
+        disk.facts.not_followed = path.and_then(|path| followed::not_followed(path, &node.driver, runs, roots));
+        found.push(disk);
     }
     Ok(Disks { found, out_of_reach, graph })
 }
@@ -84,7 +89,6 @@ fn found_disk(
     let path = image_path(node, files, roots);
     let chain = graph.chain(&node.name);
     let above_lowest = chain.len().saturating_sub(1);
-    let path_now = path.as_ref().ok().cloned();
     FoundDisk {
         name: disk.name(),
         node: node.name.clone(),
@@ -103,7 +107,7 @@ fn found_disk(
             encrypted: node.encrypted || disk.encrypted,
             has_bitmaps: !node.dirty_bitmaps.is_empty(),
             writers,
-            not_followed: path_now.and_then(|path| followed::not_followed(&path, &node.driver, roots)),
+            not_followed: None,
         },
     }
 }

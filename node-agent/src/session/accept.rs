@@ -54,7 +54,8 @@ pub async fn accept(sessions: &Sessions, order: &Order, machine: &Machine) -> Re
     // The one that we opened has no state, and no virtual CPU that ever ran.
     let running = !machine.is_still() && check_state(order, vm).await?;
     if !machine.is_still() {
-        left_running::make_way(vm).await.map_err(|error| Failure::refused(reasons::VM_BUSY, chain(&error)))?;
+        let made = left_running::make_way(vm, &sessions.roots).await;
+        made.map_err(|error| Failure::refused(reasons::VM_BUSY, chain(&error)))?;
     }
     let Disks { found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
     let wanted = select(order, found, &out_of_reach, machine.left_out())?;

@@ -10,6 +10,7 @@ use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{ContentPhase, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
+use freezeframe_node_agent::locks::VmLocks;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::Sessions;
@@ -605,5 +606,52 @@ async fn an_empty_layer_is_not_unlinked_over_one_that_has_data() {
     for snapshot in [first, second, first] {
         println!("{}", refused(&lab, snapshot).await);
         assert_eq!(view(&layer(&lab, base)), views[0], "the disk's newest data");
+    }
+}
+
+/// Deletes a snapshot until its merge has written, and then makes way.
+async fn give_up_half_way(lab: &Lab, snapshot: u32, written: &Path) {
+    let (locks, order) = (VmLocks::default(), &lab.snapshots[&snapshot].order);
+    let before = std::fs::metadata(written).unwrap().modified().unwrap();
+    let waiting = locks.waiting(&order.vm);
+    let turn = locks.turn(&order.vm).await;
+    let delete = async {
+        let deletion = Box::pin(lab.sessions.delete_unless_waiting(order, &waiting)).await.unwrap();
+        assert!(!deletion.over, "the merge didn't make way");
+        drop(turn);
+    };
+    let ask = async {
+        while std::fs::metadata(written).unwrap().modified().unwrap() == before {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        drop(locks.turn_of_snapshot(&order.vm).await);
+    };
+    tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(delete, ask) }).await.expect("no merge writes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_is_given_up_half_way_leaves_a_disk_that_is_snapshotted_running_or_not() {
+    let base = Base::Raw;
+    for running in [true, false] {
+        let mut lab = lab(base).await;
+        write_target_file(&lab, &base.image(&lab));
+        lab.limits.merge_speed = Some((4 * REGION).to_string());
+        let taken = lab.take().await;
+        give_up_half_way(&lab, taken, &base.image(&lab)).await;
+        if running {
+            // As a merge leaves it that is under way.
+            let image = std::fs::File::options().write(true).open(base.image(&lab)).unwrap();
+            image.set_modified(std::time::SystemTime::now()).unwrap();
+        } else {
+            lab.machine.kill();
+        }
+        let (_, order) = lab.order();
+        let status = lab.advance(&order).await;
+        assert_eq!(status.phase, Some(ContentPhase::Ready), "running {running}: {:?}", status.conditions);
+        for order in [&lab.snapshots[&taken].order, &order] {
+            lab.delete_order(order).await;
+        }
+        lab.snapshots.remove(&taken);
+        check(&mut lab, base).await;
     }
 }

@@ -33,16 +33,30 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
             directory.unlink(&state.disk_file)?;
             Ok(Removal::Again)
         }
-        Some(vm) => merge_live(env, vm, directory, state).await,
+        Some(vm) => {
+            let step = merge_live(env, vm, directory, state).await;
+            stay_newest(directory, state)?;
+            step
+        }
         None => {
             if !state.begun {
                 follow::refuse_if_touched(directory, state).await?;
                 state.begun = true;
                 return Ok(Removal::Again);
             }
-            offline_merge::merge(env, directory, state).await
+            let step = offline_merge::merge(env, directory, state).await;
+            stay_newest(directory, state)?;
+            step
         }
     }
+}
+
+/// Makes the layer newer than what a merge wrote to the image below it, since it tells by that whether the VM ran on it.
+fn stay_newest(directory: &ImageDirectory, state: &State) -> Result<()> {
+    if state.begun && Top::look(directory, state)? == Top::Image {
+        directory.touch(&state.disk_file)?;
+    }
+    Ok(())
 }
 
 /// Whether QEMU has the new layer as it was made. The cut gives it a backing node for good: one with that and no disk on

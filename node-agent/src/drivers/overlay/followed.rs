@@ -18,8 +18,9 @@ pub fn device_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
 }
 
 /// Why a disk isn't what it should be, if its VM was started with an image that a layer had been made on: whether it
-/// runs on that image now, or did before.
-pub fn not_followed(disk: &Path, format: &str, roots: &ImageRoots) -> Option<String> {
+/// runs on that image now, or, of a VM that doesn't run, did before. One that runs on the layer follows, and a merge of
+/// that layer writes to the image below it.
+pub fn not_followed(disk: &Path, format: &str, runs: bool, roots: &ImageRoots) -> Option<String> {
     if FORMATS.contains(&format) {
         let layer = layer_over(disk, format, roots)?;
         return Some(format!(
@@ -29,7 +30,7 @@ pub fn not_followed(disk: &Path, format: &str, roots: &ImageRoots) -> Option<Str
             layer.display()
         ));
     }
-    let (image, _) = image_below(disk)?;
+    let (image, _) = image_below(disk).filter(|_| !runs)?;
     let modified = |path: &Path| {
         let (directory, name) = roots.directory_of(path).ok()?;
         metadata(&directory, &name).ok().map(|found| (found.mtime(), found.mtime_nsec()))
