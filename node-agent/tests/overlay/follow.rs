@@ -655,3 +655,30 @@ async fn a_merge_that_is_given_up_half_way_leaves_a_disk_that_is_snapshotted_run
         check(&mut lab, base).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_was_begun_merges_nothing_over_what_a_vm_started_wrongly_wrote() {
+    let base = Base::Raw;
+    let mut lab = lab(base).await;
+    let taken = lab.take().await;
+    let order = lab.snapshots[&taken].order.clone();
+    let is_begun = || lab.sessions.journal.load(&order.uid).unwrap().unwrap().tasks[0].state["begun"] == true;
+    let mut polls = 1;
+    while !is_begun() {
+        assert!(cut_off(Box::pin(lab.sessions.delete(&order)), polls).await.is_none(), "never begun");
+        polls += 1;
+    }
+    let left = std::fs::read(layer(&lab, base)).unwrap();
+    start_with_old_command_line(&mut lab, base, taken).await;
+    refused(&lab, taken).await;
+    lab.machine.kill();
+    refused(&lab, taken).await;
+    assert_eq!(view(&base.image(&lab)), lab.disks[0].now, "the VM's disk was touched");
+    assert_eq!(std::fs::read(layer(&lab, base)).unwrap(), left, "the layer was touched");
+    // Its owner thinks better of it: what the layer has goes with what is below it.
+    lab.machine.set_drives(&[drive(&layer(&lab, base))]);
+    lab.machine.start().await;
+    lab.disks[0].now = view(&layer(&lab, base));
+    lab.delete(taken).await;
+    check(&mut lab, base).await;
+}

@@ -38,6 +38,8 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
             stay_newest(directory, state)?;
             step
         }
+        // Once a merge is begun, its image's times don't tell that somebody else wrote to it.
+        None if state.left => Err(follow::left_behind(directory, state)),
         None => {
             if !state.begun {
                 follow::refuse_if_touched(directory, state).await?;
@@ -53,7 +55,7 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
 
 /// Makes the layer newer than what a merge wrote to the image below it, since it tells by that whether the VM ran on it.
 fn stay_newest(directory: &ImageDirectory, state: &State) -> Result<()> {
-    if state.begun && Top::look(directory, state)? == Top::Image {
+    if state.begun && !state.left && Top::look(directory, state)? == Top::Image {
         directory.touch(&state.disk_file)?;
     }
     Ok(())
@@ -79,10 +81,11 @@ pub fn begin(directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -
 
 /// A VM that runs on the snapshot's image, with no merge of ours that would have brought it there: it was cut off before
 /// the cut, or was started with its old command line.
-pub async fn leave(directory: &ImageDirectory, state: &State) -> Result<Removal> {
+pub async fn leave(directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     // A further layer in between has data when the uppermost has none.
     let is_all = dependents(directory, state.base)? == [state.disk_file.as_str()];
     if state.begun || !is_all || !follow::is_empty(directory, &state.disk_file).await? {
+        state.left = true;
         return Err(follow::left_behind(directory, state));
     }
     directory.unlink(&state.disk_file)?;

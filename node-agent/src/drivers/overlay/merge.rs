@@ -176,6 +176,7 @@ pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, stat
     if place.at == 0 {
         return finish_active(vm, directory, state, &place).await;
     }
+    state.left = false;
     if let Some(kept) = refuse_foreign_dependents(env, directory, state, &place)? {
         return Ok(kept);
     }
@@ -211,7 +212,7 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
 
 /// The file is what the VM runs on. After our own switch only the name and the job's record are left to do; otherwise
 /// the VM was started from the snapshot itself, and it isn't ours to take away.
-async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &State, place: &Place<'_>) -> Result<Removal> {
+async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -> Result<Removal> {
     let job = jobs::find(vm.qmp(), &state.job()).await?;
     if job.is_none() && state.keeps_name() {
         return follow_merge::leave(directory, state).await;

@@ -35,6 +35,9 @@ pub struct State {
     /// Whether a merge into an image that keeps its name was begun.
     #[serde(default)]
     pub begun: bool,
+    /// Whether the VM was seen to run on that image with its data in the layer: until it runs on the layer again.
+    #[serde(default)]
+    pub left: bool,
     /// The new layer's file, once made.
     pub overlay: Option<FileId>,
     /// Node of the disk before the cut.
@@ -110,6 +113,7 @@ impl State {
             apart: follow::will_be_apart(node),
             untouched: None,
             begun: false,
+            left: false,
             overlay: None,
             base_node: task.node.clone(),
             node_prefix: format!("ff-{}-{}", task.id, task.index),
