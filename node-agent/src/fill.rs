@@ -55,7 +55,7 @@ impl FillWatch {
         let records = self.sessions.journal.all()?;
         let looked_at = |record: &SessionRecord| is_whole(record) || unreported.contains(&record.order.uid);
         for record in records.into_iter().filter(looked_at).collect::<Vec<_>>() {
-            let overwritten = overwritten(&self.sessions, &record);
+            let overwritten = overwritten(&self.sessions, &record)?;
             let fills = fills(&self.sessions, &record).await;
             for (disk, fill) in &fills {
                 self.metrics.set_fill(&record.order.content, disk, fill.percent);
@@ -113,12 +113,12 @@ fn is_whole(record: &SessionRecord) -> bool {
 }
 
 /// The disks whose snapshot somebody wrote to, and what to say of each.
-fn overwritten(sessions: &Sessions, record: &SessionRecord) -> Vec<(String, String)> {
-    let why = |task: &DiskTask| {
-        let why = sessions.drivers.find(&task.driver)?.overwritten(task, &sessions.roots)?;
-        Some((task.disk.clone(), why))
-    };
-    record.tasks.iter().filter_map(why).collect()
+fn overwritten(sessions: &Sessions, record: &SessionRecord) -> Result<Vec<(String, String)>, JournalError> {
+    let mut found = vec![];
+    for task in &record.tasks {
+        found.extend(sessions.overwritten(task)?.map(|why| (task.disk.clone(), why)));
+    }
+    Ok(found)
 }
 
 async fn fills(sessions: &Sessions, record: &SessionRecord) -> Vec<(String, Fill)> {

@@ -300,6 +300,11 @@ pub trait SnapshotDriver: Send + Sync {
         None
     }
 
+    /// The image below a task's data that somebody may write to, whose own task tells whether that was done.
+    fn lies_on(&self, _task: &DiskTask, _roots: &ImageRoots) -> Option<PathBuf> {
+        None
+    }
+
     /// The file that has a task's data, complete or not.
     fn place(&self, task: &DiskTask) -> Option<PathBuf> {
         task.artifact.as_ref().map(|artifact| artifact.handle.clone())

@@ -162,6 +162,11 @@ impl SnapshotDriver for Overlay {
         (now != before).then(|| follow::overwritten(&state.directory.join(&state.layer)))
     }
 
+    fn lies_on(&self, task: &DiskTask, roots: &ImageRoots) -> Option<PathBuf> {
+        let state: State = task.state().ok().filter(|state: &State| !state.keeps_name())?;
+        followed::image_at_bottom(&roots.directory(&state.directory).ok()?, &state)
+    }
+
     fn place(&self, task: &DiskTask) -> Option<PathBuf> {
         let state: State = task.state().ok()?;
         Some(state.directory.join(state.layer))

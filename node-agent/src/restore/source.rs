@@ -37,12 +37,12 @@ pub fn snapshot(restores: &Restores, order: &RestoreOrder) -> Result<SessionReco
 }
 
 fn refuse_overwritten(restores: &Restores, record: SessionRecord) -> Result<SessionRecord, Failure> {
-    let sessions = &restores.sessions;
-    let why = |task: &DiskTask| sessions.drivers.find(&task.driver)?.overwritten(task, &sessions.roots);
-    match record.tasks.iter().find_map(why) {
-        Some(why) => Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, why)),
-        None => Ok(record),
+    for task in &record.tasks {
+        if let Some(why) = restores.sessions.overwritten(task)? {
+            return Err(Failure::refused(reasons::SNAPSHOT_NOT_READY, why));
+        }
     }
+    Ok(record)
 }
 
 /// Whether a restore that was begun would still bring back what it was planned for.

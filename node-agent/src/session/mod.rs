@@ -28,6 +28,7 @@ pub mod machine;
 mod measured;
 pub mod order;
 pub mod outcome;
+mod overwritten;
 mod removal;
 pub mod shortening;
 mod space;

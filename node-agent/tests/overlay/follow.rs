@@ -682,3 +682,21 @@ async fn a_deletion_that_was_begun_merges_nothing_over_what_a_vm_started_wrongly
     lab.delete(taken).await;
     check(&mut lab, base).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_snapshot_over_an_image_that_was_written_to_is_overwritten() {
+    for base in [Base::Raw, Base::Qed] {
+        let mut lab = lab(base).await;
+        let taken = [lab.take().await, lab.take().await, lab.take().await];
+        let told = |lab: &Lab| {
+            taken.map(|number| {
+                let record = lab.sessions.journal.load(&lab.snapshots[&number].order.uid).unwrap().unwrap();
+                lab.sessions.overwritten(&record.tasks[0]).unwrap()
+            })
+        };
+        assert_eq!(told(&lab), [None, None, None]);
+        start_with_old_command_line(&mut lab, base, taken[0]).await;
+        let image = base.image(&lab);
+        assert!(told(&lab).iter().flatten().filter(|why| why.contains(path(&image))).count() == taken.len());
+    }
+}

@@ -8,8 +8,11 @@ use super::follow::{FORMATS, image_below, layer_on, metadata, overwritten};
 use super::prepare::header;
 use super::state::State;
 use crate::drivers::DiskTask;
-use crate::hypervisor::image::ImageRoots;
+use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 use crate::hypervisor::target_file::KnownDisk;
+
+/// The chain is never deeper than this; a longer one is a loop.
+const DEEPEST: usize = 1024;
 
 /// The block device that a task's disk was, and the layer that is the disk in its place.
 pub fn device_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
@@ -46,6 +49,19 @@ pub fn layer_over(image: &Path, format: &str, roots: &ImageRoots) -> Option<Path
     let below = Path::new(&below).file_name()?.to_str()?;
     // Its backing file may be a layer that was snapshotted since: what lies on the image is told by the name.
     (below == name || below.starts_with(&layer)).then(|| directory.join(&layer))
+}
+
+/// The image at the bottom of a snapshot's, if that one was followed. What a guest wrote to it is no header to go on by.
+pub fn image_at_bottom(directory: &ImageDirectory, state: &State) -> Option<PathBuf> {
+    let (image, _) = image_below(&directory.join(&state.disk_file))?;
+    let mut name = state.layer.clone();
+    for _ in 0..DEEPEST {
+        name = header(directory, &name).ok()?.backing?;
+        if directory.join(&name) == image {
+            return Some(image);
+        }
+    }
+    None
 }
 
 /// Whether a layer on a device is there, and not merged.
