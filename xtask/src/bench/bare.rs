@@ -17,6 +17,7 @@ use super::table::Sample;
 use cuts::Disk;
 
 const SOON: Duration = Duration::from_secs(60);
+const STALE_ANSWERS: usize = 16;
 
 /// The script, connected to a guest's agent.
 pub struct Script<'a> {
@@ -37,10 +38,14 @@ impl<'a> Script<'a> {
         std::fs::create_dir_all(directory)?;
         let stream = UnixStream::connect(guest.config().socket_directory().join("qga.sock")).await?;
         let mut script = Self { guest, agent: BufReader::new(stream), directory: directory.to_owned(), layers };
-        // Whoever was connected before may have left an answer behind.
         script.send("guest-sync", json!({"id": 7})).await?;
-        while script.answer().await? != 7 {}
-        Ok(script)
+        // Whoever was connected before may have left answers behind, refusals among them.
+        for _ in 0..STALE_ANSWERS {
+            if script.answer().await.is_ok_and(|answer| answer == 7) {
+                return Ok(script);
+            }
+        }
+        bail!("the guest agent answers others than us");
     }
 
     /// Cuts once, then clears away what was made.
