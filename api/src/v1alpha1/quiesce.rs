@@ -19,6 +19,13 @@ pub enum Pause {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Quiesce {
+    /// How long to wait for the guest agent's answer before the freeze; a guest that is booting may be given minutes.
+    /// Set by the user, 1s to 5m; 5s when absent.
+    #[serde(default = "agent_timeout")]
+    #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m))+$"))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('1s') && duration(self) <= duration('5m')")
+        .message("agentTimeout must be between 1s and 5m"))]
+    pub agent_timeout: Duration,
     /// How long the guest may take to freeze its file systems. Set by the user, 100ms to 60s; 20s when absent.
     #[serde(default = "freeze_timeout")]
     #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(\.[0-9]+)?(ms|s|m))+$"))]
@@ -41,6 +48,10 @@ pub struct Quiesce {
     pub pause: Pause,
 }
 
+fn agent_timeout() -> Duration {
+    std::time::Duration::from_secs(5).into()
+}
+
 fn freeze_timeout() -> Duration {
     std::time::Duration::from_secs(20).into()
 }
@@ -51,6 +62,12 @@ fn max_hold() -> Duration {
 
 impl Default for Quiesce {
     fn default() -> Self {
-        Self { freeze_timeout: freeze_timeout(), max_hold: max_hold(), mountpoints: vec![], pause: Pause::Auto }
+        Self {
+            agent_timeout: agent_timeout(),
+            freeze_timeout: freeze_timeout(),
+            max_hold: max_hold(),
+            mountpoints: vec![],
+            pause: Pause::Auto,
+        }
     }
 }

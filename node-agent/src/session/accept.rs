@@ -5,20 +5,21 @@ use std::time::Duration;
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback};
 use freezeframe_qemu::{BlockGraph, FreezeStatus};
+use tokio::time::{Instant, sleep};
 
-use super::Sessions;
 use super::machine::Machine;
 use super::order::Order;
 use super::outcome::{Failure, chain};
 use super::window::Freeze;
+use super::{Progress, Sessions, still_wanted};
 use crate::drivers::DiskTask;
 use crate::drivers::choice::{Candidate, candidates, choose};
 use crate::drivers::overlay::left_running;
 use crate::hypervisor::disks::{Disks, FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, QMP_TIMEOUT, Vm};
 
-/// How long the guest agent may take to answer the first sync.
-const AGENT_PATIENCE: Duration = Duration::from_secs(5);
+/// How often a guest agent that isn't there is looked for.
+const AGENT_POLL: Duration = Duration::from_millis(250);
 
 /// An order that can be served.
 pub struct Accepted {
@@ -138,11 +139,11 @@ fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate])
 }
 
 /// Makes sure that the guest can be frozen; none where the order does without or may do without.
-pub async fn freeze(vm: &mut Vm, order: &Order) -> Result<Option<Freeze>, Failure> {
+pub async fn freeze(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Result<Option<Freeze>, Failure> {
     if order.required == ConsistencyLevel::Crash || !vm.run_state().await.map_err(|error| busy(&error))?.running {
         return Ok(None);
     }
-    match can_freeze(vm, order).await {
+    match can_freeze(vm, order, progress).await {
         Ok(()) => Ok(Some(Freeze { mountpoints: order.mountpoints.clone(), timeout: order.freeze_timeout })),
         Err(failure) if order.fallback == Fallback::Degrade && failure.reason != reasons::GUEST_ALREADY_FROZEN => {
             tracing::warn!(reason = failure.reason, message = failure.message, "the guest will not be frozen");
@@ -152,30 +153,50 @@ pub async fn freeze(vm: &mut Vm, order: &Order) -> Result<Option<Freeze>, Failur
     }
 }
 
-async fn can_freeze(vm: &mut Vm, order: &Order) -> Result<(), Failure> {
+async fn can_freeze(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Result<(), Failure> {
     let refuse = |reason, what: String| Failure::new(reason, format!("VM {}: {what}", order.vm));
     let unavailable = |error: freezeframe_qemu::Error| {
         refuse(reasons::GUEST_AGENT_UNAVAILABLE, format!("the guest agent doesn't answer: {}", chain(&error)))
     };
-    let agent = vm.connect_agent(AGENT_PATIENCE).await.map_err(unavailable)?;
-    if agent.fsfreeze_status(AGENT_TIMEOUT).await.map_err(unavailable)? == FreezeStatus::Frozen {
+    let bound = order.agent_timeout.max(AGENT_TIMEOUT);
+    await_agent(vm, order, progress).await?.map_err(unavailable)?;
+    let agent = vm.agent().ok_or(freezeframe_qemu::Error::Closed).map_err(unavailable)?;
+    if agent.fsfreeze_status(bound).await.map_err(unavailable)? == FreezeStatus::Frozen {
         let what = "the guest is frozen already, by somebody else; thaw it first".to_owned();
         return Err(refuse(reasons::GUEST_ALREADY_FROZEN, what));
     }
-    let info = agent.info(AGENT_TIMEOUT).await.map_err(unavailable)?;
+    let info = agent.info(bound).await.map_err(unavailable)?;
     let freeze = if order.mountpoints.is_empty() { "guest-fsfreeze-freeze" } else { "guest-fsfreeze-freeze-list" };
     if !info.enabled(freeze) || !info.enabled("guest-fsfreeze-thaw") {
         return Err(refuse(reasons::FREEZE_FAILED, format!("the guest agent doesn't allow {freeze} and thaw")));
     }
     if order.mountpoints.is_empty() {
         // A loop-mounted file system whose backing one is frozen first blocks the guest agent for ever.
-        let mounted = agent.filesystems(AGENT_TIMEOUT).await.map_err(unavailable)?;
+        let mounted = agent.filesystems(bound).await.map_err(unavailable)?;
         if let Some(found) = mounted.iter().find(|filesystem| filesystem.is_loop()) {
             let what = format!("{} is loop-mounted; name the mount points to freeze", found.mountpoint);
             return Err(refuse(reasons::FREEZE_FAILED, what));
         }
     }
     Ok(())
+}
+
+/// Connects to the guest agent, or says why it didn't answer in the order's time: the guest may be booting.
+async fn await_agent(
+    vm: &mut Vm,
+    order: &Order,
+    progress: &dyn Progress,
+) -> Result<Result<(), freezeframe_qemu::Error>, Failure> {
+    let end = Instant::now() + order.agent_timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match vm.connect_agent(left).await {
+            Err(error) if left <= AGENT_POLL => return Ok(Err(error)),
+            Err(_) => sleep(AGENT_POLL).await,
+            Ok(_) => return Ok(Ok(())),
+        }
+        still_wanted(order, progress)?;
+    }
 }
 
 /// Fails if a disk came, went, or changed its size or node since it was planned.

@@ -179,7 +179,7 @@ impl Sessions {
         }
         space::check_areas(record, &self.drivers, &self.space)?;
         crash::point("prepared");
-        let freeze = accept::freeze(machine.vm_mut(), &order).await?;
+        let freeze = accept::freeze(machine.vm_mut(), &order, progress).await?;
         flush::flush(machine.vm_mut(), &record.tasks, freeze.is_some()).await;
         still_wanted(&order, progress)?;
         accept::unchanged(self, machine, &order, &record.tasks).await?;

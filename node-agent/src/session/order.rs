@@ -29,6 +29,9 @@ pub struct Order {
     pub required: ConsistencyLevel,
     /// What to do if it can't.
     pub fallback: Fallback,
+    /// How long the guest agent may take to answer before the freeze.
+    #[serde(default)]
+    pub agent_timeout: Duration,
     /// How long the guest may take to freeze.
     pub freeze_timeout: Duration,
     /// How long the guest may be held.
@@ -77,6 +80,7 @@ impl Order {
             drivers: spec.drivers.clone(),
             required: spec.consistency.required,
             fallback: spec.consistency.fallback,
+            agent_timeout: spec.quiesce.agent_timeout.into(),
             freeze_timeout: spec.quiesce.freeze_timeout.into(),
             max_hold: spec.quiesce.max_hold.into(),
             mountpoints: spec.quiesce.mountpoints.clone(),

@@ -191,6 +191,7 @@ impl World {
             }],
             required: ConsistencyLevel::Crash,
             fallback: Fallback::Fail,
+            agent_timeout: SOON,
             freeze_timeout: SOON,
             max_hold: HOLD,
             mountpoints: vec![],

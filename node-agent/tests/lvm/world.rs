@@ -200,6 +200,7 @@ impl World {
             drivers: vec![ClassDriver { name: DriverName("lvm".into()), parameters }],
             required: ConsistencyLevel::Crash,
             fallback: Fallback::Fail,
+            agent_timeout: SOON,
             freeze_timeout: SOON,
             max_hold: HOLD,
             mountpoints: vec![],

@@ -166,6 +166,7 @@ impl Lab {
             drivers: vec![ClassDriver { name: DriverName("overlay".into()), parameters: self.parameters.clone() }],
             required: ConsistencyLevel::Crash,
             fallback: Fallback::Fail,
+            agent_timeout: Duration::from_secs(5),
             freeze_timeout: Duration::from_secs(5),
             max_hold: Duration::from_secs(5),
             mountpoints: vec![],

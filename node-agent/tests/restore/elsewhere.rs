@@ -10,6 +10,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::order::Order;
 
 use crate::cases::{Case, for_every};
+#[cfg(feature = "crash-points")]
 use crate::crashes::killed_at;
 use crate::lab::{CASES, Lab, why};
 
@@ -74,6 +75,7 @@ async fn a_directory_that_the_agent_may_not_use_or_that_is_not_there_is_refused(
     assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
 }
 
+#[cfg(feature = "crash-points")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_ends_before_its_directory_is_made_can_be_taken_back() {
     let (mut lab, _, snapshot, _) = lab_of(CASES[0]).await;
