@@ -20,7 +20,7 @@ pub mod types {
     pub const REMOVED: &str = "Removed";
     /// On a schedule: the last snapshot of each VM that ended is good.
     pub const PROTECTED: &str = "Protected";
-    /// Space runs out: that of a snapshot which can overflow, or of the file systems that a target's disks grow on.
+    /// Space runs out: that for a snapshot's changes, or of the file systems that a target's disks grow on.
     /// Absent until it once did.
     pub const SPACE_LOW: &str = "SpaceLow";
     /// On a target: a disk has more images below its own than its snapshots' classes want, and they can't be merged by

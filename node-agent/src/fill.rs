@@ -137,3 +137,6 @@ async fn fill(sessions: &Sessions, task: &DiskTask) -> Option<Fill> {
         None
     })
 }
+
+#[cfg(test)]
+mod tests;

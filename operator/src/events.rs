@@ -80,7 +80,29 @@ fn cut(note: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use freezeframe_api::conditions::condition;
+    use k8s_openapi::jiff::Timestamp;
+
     use super::*;
+
+    fn status(phase: Phase, reason: &str, message: &str) -> VMSnapshotStatus {
+        let ready = phase == Phase::Ready;
+        let conditions = vec![condition(types::READY, ready, reason, message, None, Timestamp::UNIX_EPOCH)];
+        VMSnapshotStatus { phase, conditions, message: Some(message.to_owned()), ..Default::default() }
+    }
+
+    #[test]
+    fn a_snapshot_that_overflowed_after_it_was_ready_is_warned_of_once_with_what_to_do() {
+        let snapshot = serde_json::json!({"metadata": {"name": "a"}, "spec": {"vmName": "db"}});
+        let mut snapshot: VMSnapshot = serde_json::from_value(snapshot).unwrap();
+        let lost = status(Phase::Failed, reasons::SNAPSHOT_OVERFLOWED, "delete it, and raise `size`");
+        snapshot.status = Some(status(Phase::Ready, reasons::COMPLETED, ""));
+        let event = of_change(&snapshot, &lost).expect("news");
+        assert_eq!((event.type_, event.reason.as_str()), (EventType::Warning, reasons::SNAPSHOT_OVERFLOWED));
+        assert_eq!(event.note.as_deref(), Some("delete it, and raise `size`"));
+        snapshot.status = Some(lost.clone());
+        assert!(of_change(&snapshot, &lost).is_none());
+    }
 
     #[test]
     fn a_note_is_cut_to_what_the_api_takes_between_two_characters() {

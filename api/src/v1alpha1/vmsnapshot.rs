@@ -149,7 +149,7 @@ pub struct VMSnapshotStatus {
     /// The most important condition's message, for `kubectl get -o wide`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// `Accepted`, `Quiesced`, `Ready`; `SpaceLow` once a snapshot that can overflow was nearly full; `Stalled` when it failed for good; and, from the deletion on, `Removed`: False
+    /// `Accepted`, `Quiesced`, `Ready`; `SpaceLow` once the space for the snapshot's changes was nearly used up; `Stalled` when it failed for good; and, from the deletion on, `Removed`: False
     /// with why the snapshot is still there, by reason `Held` (`hold` is true), `InProgress` (the node removes the data)
     /// or `DeleteFailed` (the node can't now, and tries again; the message is its own). It never becomes True: the
     /// snapshot is gone then.

@@ -133,7 +133,7 @@ pub struct VMSnapshotContentStatus {
     /// What came of starting from the disks. Absent unless the class's `verify` is `Boot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootCheck>,
-    /// `Accepted`, `Quiesced`, `Ready`, `SpaceLow` once a snapshot that can overflow was nearly full, and from the deletion on `Removed`: True when the node is done with it, by
+    /// `Accepted`, `Quiesced`, `Ready`, `SpaceLow` once the space for the snapshot's changes was nearly used up, and from the deletion on `Removed`: True when the node is done with it, by
     /// reason `Deleted` or `Retained` (the data was left alone), False by reason `DeleteFailed` while it can't be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

@@ -23,7 +23,8 @@ use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
 
 use super::{
-    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Removal, Result, SnapshotDriver, Verdict,
+    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Pool, Removal, Result, SnapshotDriver,
+    Verdict,
 };
 use crate::hypervisor::Vm;
 use crate::hypervisor::device::{self, BlockDevice, LogicalVolume};
@@ -76,7 +77,7 @@ impl SnapshotDriver for Lvm {
         let LogicalVolume { volume: origin, thin } = device.volume.ok_or_else(gone)?;
         let size = if thin { None } else { Parameters::parse(&task.parameters)?.size };
         let snapshot = origin.snapshot(&task.id)?;
-        task.set_state(&State { origin, snapshot, thin, size, device: device.path, needs: None })
+        task.set_state(&State { origin, snapshot, thin, size, device: device.path, needs: None, pool: None })
     }
 
     async fn prepare(&self, _: &Vm, _: &ImageRoots, task: &mut DiskTask) -> Result<()> {
@@ -89,7 +90,7 @@ impl SnapshotDriver for Lvm {
         }
         space::check_health(origin, state.origin.group())?;
         if state.thin {
-            space::check_pool(&rows, origin, &state, &Parameters::parse(&task.parameters)?)?;
+            state.pool = Some(space::check_pool(&rows, origin, &state, &Parameters::parse(&task.parameters)?)?);
         } else {
             state.needs = space::thick_needs(origin, &state)?;
         }
@@ -138,6 +139,10 @@ impl SnapshotDriver for Lvm {
         task.state::<State>().ok()?.needs.map(|needs| needs.bytes)
     }
 
+    fn pool(&self, task: &DiskTask) -> Option<Pool> {
+        task.state::<State>().ok()?.pool
+    }
+
     async fn fill(&self, task: &DiskTask) -> Result<Option<Fill>> {
         fill(task).await
     }
@@ -184,15 +189,17 @@ pub fn origin(task: &DiskTask) -> Option<Origin> {
     Some(Origin { volume: state.origin, device: state.device })
 }
 
-/// Looks at a disk's snapshot; none if it can't overflow, since its space comes from a pool.
+/// Looks at the space of a disk's snapshot: its own, or its pool's.
 pub async fn fill(task: &DiskTask) -> Result<Option<Fill>> {
-    let state: State = task.state()?;
+    let (state, parameters): (State, _) = (task.state()?, Parameters::parse(&task.parameters)?);
     if state.thin {
-        return Ok(None);
+        let rows = commands::volumes(state.snapshot.group()).await?;
+        let pool = find(&rows, &state.snapshot).and_then(|row| space::pool_of(&rows, row));
+        return Ok(pool.map(|pool| space::pool_fill(pool, &parameters)));
     }
     let row = ours(&state, task).await?;
     let (percent, overflowed) = (row.data_used(), row.is_overflowed());
-    let warn = f64::from(Parameters::parse(&task.parameters)?.warn_percent);
+    let warn = f64::from(parameters.warn_percent);
     Ok(Some(Fill { percent, overflowed, low: percent >= warn }))
 }
 

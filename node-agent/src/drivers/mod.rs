@@ -15,6 +15,7 @@ mod pace;
 pub(crate) mod quantity;
 pub mod reflink;
 mod removal;
+mod space;
 mod tool;
 pub(crate) mod verify;
 
@@ -36,6 +37,7 @@ pub(crate) use error::qemu;
 pub use error::{DriverError, Result};
 pub use pace::Pace;
 pub use removal::{Env, Removal, Sibling, Switch};
+pub use space::{Fill, Need, Pool};
 pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.
@@ -225,26 +227,6 @@ impl std::fmt::Debug for HostCut {
     }
 }
 
-/// Space that one disk's snapshot takes at once.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Need {
-    /// A directory on the file system.
-    pub directory: PathBuf,
-    /// How much, in bytes.
-    pub bytes: u64,
-}
-
-/// How full the space of a snapshot is that can overflow.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Fill {
-    /// Percent in use.
-    pub percent: f64,
-    /// Whether it was used up, so that the snapshot is worth nothing.
-    pub overflowed: bool,
-    /// Whether that is more than the class finds good.
-    pub low: bool,
-}
-
 /// Refuses every parameter, for a driver that has none.
 pub(crate) fn no_parameters(driver: &str, parameters: &BTreeMap<String, String>) -> Result<()> {
     match parameters.keys().next() {
@@ -351,7 +333,12 @@ pub trait SnapshotDriver: Send + Sync {
         None
     }
 
-    /// How full the space of a complete snapshot is, where it can overflow.
+    /// The pool that the changes of a prepared disk take their space from; none where there is none.
+    fn pool(&self, _task: &DiskTask) -> Option<Pool> {
+        None
+    }
+
+    /// How full the space for a complete snapshot's changes is, where that isn't a file system.
     async fn fill(&self, _task: &DiskTask) -> Result<Option<Fill>> {
         Ok(None)
     }

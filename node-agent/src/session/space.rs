@@ -9,9 +9,12 @@ use freezeframe_api::conditions::reasons;
 use super::outcome::Failure;
 use super::space_watch::SpaceWatch;
 use crate::drivers::quantity::{bytes, digits};
-use crate::drivers::{DiskTask, Drivers, Need};
+use crate::drivers::{DiskTask, Drivers, Need, Pool};
 use crate::hypervisor::filesystem::Room;
 use crate::session::journal::SessionRecord;
+
+/// What a thin pool notes of one chunk of data, in bytes, at the most: what LVM reckons with when it makes a pool.
+const METADATA_OF_CHUNK: u64 = 64;
 
 /// What must stay free on a file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,7 +79,37 @@ pub fn check_areas(record: &SessionRecord, drivers: &Drivers, watch: &SpaceWatch
             lasts(&task.disk, area, rate, horizon(record))?;
         }
     }
-    Ok(())
+    let pool = |task: &DiskTask| {
+        let rate = watch.rate(&record.order.vm, &task.disk);
+        Some((drivers.find(&task.driver)?.pool(task)?, rate.unwrap_or(0)))
+    };
+    check_pools(record.tasks.iter().filter_map(pool), horizon(record))
+}
+
+/// Refuses a snapshot whose changes a thin pool hasn't room for: those of all its disks there together.
+fn check_pools(disks: impl Iterator<Item = (Pool, u64)>, horizon: Duration) -> Result<(), Failure> {
+    let mut pools: BTreeMap<PathBuf, (Pool, u64)> = BTreeMap::new();
+    for (pool, rate) in disks {
+        let (_, all) = pools.entry(pool.path.clone()).or_insert((pool, 0));
+        *all = all.saturating_add(rate);
+    }
+    pools.values().try_for_each(|(pool, rate)| pool_lasts(pool, *rate, horizon))
+}
+
+fn pool_lasts(pool: &Pool, rate: u64, horizon: Duration) -> Result<(), Failure> {
+    let (written, seconds) = (rate.saturating_mul(horizon.as_secs()), horizon.as_secs());
+    let mapped = written.div_ceil(pool.chunk.max(1)).saturating_mul(METADATA_OF_CHUNK);
+    if pool.data >= written && pool.metadata >= mapped {
+        return Ok(());
+    }
+    let message = format!(
+        "not enough space in thin pool {}: at {rate} bytes a second the guest writes {written} within the class's {seconds} s, \
+         which take {written} of data and {mapped} of metadata, but beyond what the class keeps free there are {} and {}",
+        pool.path.display(),
+        pool.data,
+        pool.metadata
+    );
+    Err(Failure::new(reasons::NO_SPACE, message))
 }
 
 fn horizon(record: &SessionRecord) -> Duration {
@@ -156,6 +189,26 @@ mod tests {
         assert!(lasts("vda", 120, 2, minute).is_ok() && lasts("vda", 0, 2, Duration::ZERO).is_ok());
         let refused = lasts("vda", 119, 2, minute).unwrap_err();
         assert!(refused.message.contains("disk vda is 119 bytes"), "{}", refused.message);
+    }
+
+    #[test]
+    fn what_all_disks_in_a_thin_pool_write_must_fit_with_the_metadata_for_it() {
+        let pool = |data, metadata| Pool { path: "/dev/vg0/pool".into(), data, metadata, chunk: 100 };
+        let check = |room: Pool| check_pools([(room.clone(), 5), (room, 15)].into_iter(), Duration::from_secs(60));
+        assert!(check(pool(1200, 768)).is_ok());
+        assert!(check_pools([(pool(0, 0), 0)].into_iter(), Duration::from_secs(60)).is_ok(), "nothing was measured");
+        for (data, metadata) in [(1199, 768), (1200, 767)] {
+            let refused = check(pool(data, metadata)).unwrap_err();
+            assert_eq!(refused.reason, reasons::NO_SPACE);
+            let said = format!(
+                "take 1200 of data and 768 of metadata, but beyond what the class keeps free there are {data} and {metadata}"
+            );
+            assert!(
+                refused.message.contains(&said) && refused.message.contains("/dev/vg0/pool"),
+                "{}",
+                refused.message
+            );
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ const REPLACED: &str = "freezeframe-replaced";
 const ID_LENGTH: usize = 12;
 /// All that we read of a volume, its pool and its group.
 const FIELDS: &str = "lv_name,lv_uuid,lv_attr,lv_size,lv_metadata_size,origin,origin_size,pool_lv,segtype,data_percent,\
-                      metadata_percent,lv_tags,lv_health_status,vg_free,vg_extent_size";
+                      metadata_percent,lv_tags,lv_health_status,vg_free,vg_extent_size,chunk_size";
 /// Neither old metadata kept nor events of pools listened to: both are the node's to configure, and cost time in the
 /// window. What the window does is on disk all the same: LVM commits its metadata before the command ends.
 const IN_WINDOW: &str = "backup/backup=0 backup/archive=0 activation/monitoring=0";
@@ -63,6 +63,9 @@ pub struct Row {
     /// What the group's volumes' sizes are multiples of, in bytes.
     #[serde(deserialize_with = "number")]
     pub vg_extent_size: u64,
+    /// Bytes that a pool gives to a volume at once.
+    #[serde(deserialize_with = "number")]
+    pub chunk_size: u64,
 }
 
 impl Row {
@@ -305,23 +308,23 @@ fn parse(report: &[u8]) -> Result<Vec<Row>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// As lvm2 2.03.16 prints it.
     const REPORT: &str = r#"{"report": [{"lv": [
         {"lv_name":"a", "lv_uuid":"uuid-a", "lv_attr":"Vwi-aotz--", "lv_size":"536870912", "lv_metadata_size":"", "origin":"",
          "origin_size":"", "pool_lv":"pool", "segtype":"thin", "data_percent":"6.25", "metadata_percent":"",
-         "lv_tags":"", "lv_health_status":"", "vg_free":"3208642560", "vg_extent_size":"4194304"},
+         "lv_tags":"", "lv_health_status":"", "vg_free":"3208642560", "vg_extent_size":"4194304", "chunk_size":"0"},
         {"lv_name":"pool", "lv_uuid":"uuid-p", "lv_attr":"twi-aotz--", "lv_size":"1073741824", "lv_metadata_size":"4194304", "origin":"",
          "origin_size":"", "pool_lv":"", "segtype":"thin-pool", "data_percent":"3.12", "metadata_percent":"11.04",
-         "lv_tags":"", "lv_health_status":"", "vg_free":"3208642560", "vg_extent_size":"4194304"},
+         "lv_tags":"", "lv_health_status":"", "vg_free":"3208642560", "vg_extent_size":"4194304", "chunk_size":"65536"},
         {"lv_name":"t-vmsnap-1", "lv_uuid":"uuid-t", "lv_attr":"sri-a-s---", "lv_size":"67108864", "lv_metadata_size":"", "origin":"t",
          "origin_size":"536870912", "pool_lv":"", "segtype":"linear", "data_percent":"0.01", "metadata_percent":"",
          "lv_tags":"freezeframe,freezeframe-1", "lv_health_status":"", "vg_free":"3208642560",
-         "vg_extent_size":"4194304"}]}]}"#;
+         "vg_extent_size":"4194304", "chunk_size":"4096"}]}]}"#;
 
-    fn row(name: &str) -> Row {
+    pub(crate) fn row(name: &str) -> Row {
         parse(REPORT.as_bytes()).unwrap().into_iter().find(|row| row.lv_name == name).unwrap()
     }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::parameters::Size;
 use super::volume::Volume;
+use crate::drivers::Pool;
 
 /// The driver's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,9 @@ pub struct State {
     pub device: PathBuf,
     /// For a thick snapshot, in bytes: what it takes of the group, and what was free there, when `prepare` looked.
     pub needs: Option<Needs>,
+    /// For a thin snapshot: its pool, when `prepare` looked.
+    #[serde(default)]
+    pub pool: Option<Pool>,
 }
 
 /// Space in a volume group.
