@@ -8,40 +8,10 @@ use freezeframe_api::conditions::reasons;
 
 use super::outcome::Failure;
 use super::space_watch::SpaceWatch;
-use crate::drivers::quantity::{bytes, digits};
+use crate::drivers::quantity::MinFree;
 use crate::drivers::{DiskTask, Drivers, Need};
 use crate::hypervisor::filesystem::Room;
 use crate::session::journal::SessionRecord;
-
-/// What must stay free on a file system.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MinFree {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// So much of its size.
-    Percent(u64),
-    /// So many bytes.
-    Bytes(u64),
-}
-
-impl MinFree {
-    /// Reads a limit. The API's pattern lets nothing else through.
-    #[must_use]
-    pub fn parse(text: Option<&str>) -> Self {
-        let Some(text) = text else { return Self::Nothing };
-        let percent = text.strip_suffix('%').and_then(digits).map(Self::Percent);
-        percent.or_else(|| bytes(text).map(Self::Bytes)).unwrap_or_default()
-    }
-
-    fn of(self, total: u64) -> u64 {
-        match self {
-            Self::Nothing => 0,
-            Self::Percent(percent) => (total / 100).saturating_mul(percent),
-            Self::Bytes(bytes) => bytes,
-        }
-    }
-}
 
 /// All needs on one file system.
 struct Demand {
@@ -156,13 +126,6 @@ mod tests {
         assert!(lasts("vda", 120, 2, minute).is_ok() && lasts("vda", 0, 2, Duration::ZERO).is_ok());
         let refused = lasts("vda", 119, 2, minute).unwrap_err();
         assert!(refused.message.contains("disk vda is 119 bytes"), "{}", refused.message);
-    }
-
-    #[test]
-    fn a_limit_is_a_part_or_bytes() {
-        assert_eq!(MinFree::parse(Some("5%")), MinFree::Percent(5));
-        assert_eq!(MinFree::parse(Some("10Gi")), MinFree::Bytes(10 << 30));
-        assert_eq!(MinFree::parse(None), MinFree::Nothing);
     }
 
     #[test]
