@@ -65,9 +65,18 @@ impl World {
 
     /// Applies a class with these drivers.
     pub fn apply_class(&self, name: &str, drivers: &Value) -> Result<()> {
+        self.apply_class_spec(name, &json!({"drivers": drivers}))
+    }
+
+    /// Applies a class that takes overlays, with these limits.
+    pub fn apply_limited_class(&self, name: &str, limits: &Value) -> Result<()> {
+        self.apply_class_spec(name, &json!({"drivers": [{"name": "overlay"}], "limits": limits}))
+    }
+
+    fn apply_class_spec(&self, name: &str, spec: &Value) -> Result<()> {
         let class = json!({
             "apiVersion": "freezeframe.dev/v1alpha1", "kind": "VMSnapshotClass", "metadata": {"name": name},
-            "spec": {"drivers": drivers},
+            "spec": spec,
         });
         let manifest = self.directory().join(format!("class-{name}.json"));
         std::fs::write(&manifest, class.to_string())?;

@@ -5,7 +5,8 @@ use std::path::Path;
 use super::Sessions;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::limits;
-use crate::drivers::overlay::shorten::{self, TooDeep};
+use crate::drivers::overlay::shorten::{self, TooDeep, Wanted};
+use crate::drivers::quantity::MinFree;
 use crate::drivers::{DriverError, Env, Sibling};
 use crate::hypervisor::{OpenError, Vm, VmKey};
 use crate::locks::Waiting;
@@ -80,7 +81,9 @@ impl Sessions {
         let siblings: Vec<_> = records.iter().flat_map(|record| self.files_of(record)).collect();
         let pace = limits::slowest(records.iter().map(|record| &record.order.limits), waiting);
         let env = Env { vm: Some(&opened), roots: &self.roots, siblings: &siblings, pace: &pace };
-        match Box::pin(shorten::shorten(&env, &opened, deepest)).await {
+        let keep = records.iter().map(|record| MinFree::parse(record.order.limits.min_free.as_deref())).collect();
+        let wanted = Wanted { deepest, keep };
+        match Box::pin(shorten::shorten(&env, &opened, &wanted)).await {
             Ok(left) if left.is_empty() => Ok(Depth::Enough),
             Ok(left) => {
                 let disks = left.iter().map(|disk| said(disk, deepest, &records, self)).collect();

@@ -8,43 +8,13 @@ use freezeframe_api::conditions::reasons;
 
 use super::outcome::Failure;
 use super::space_watch::SpaceWatch;
-use crate::drivers::quantity::{bytes, digits};
+use crate::drivers::quantity::MinFree;
 use crate::drivers::{DiskTask, Drivers, Need, Pool};
 use crate::hypervisor::filesystem::Room;
 use crate::session::journal::SessionRecord;
 
 /// What a thin pool notes of one chunk of data, in bytes, at the most: what LVM reckons with when it makes a pool.
 const METADATA_OF_CHUNK: u64 = 64;
-
-/// What must stay free on a file system.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MinFree {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// So much of its size.
-    Percent(u64),
-    /// So many bytes.
-    Bytes(u64),
-}
-
-impl MinFree {
-    /// Reads a limit. The API's pattern lets nothing else through.
-    #[must_use]
-    pub fn parse(text: Option<&str>) -> Self {
-        let Some(text) = text else { return Self::Nothing };
-        let percent = text.strip_suffix('%').and_then(digits).map(Self::Percent);
-        percent.or_else(|| bytes(text).map(Self::Bytes)).unwrap_or_default()
-    }
-
-    fn of(self, total: u64) -> u64 {
-        match self {
-            Self::Nothing => 0,
-            Self::Percent(percent) => (total / 100).saturating_mul(percent),
-            Self::Bytes(bytes) => bytes,
-        }
-    }
-}
 
 /// All needs on one file system.
 struct Demand {
@@ -211,14 +181,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_limit_is_a_part_or_bytes() {
-        assert_eq!(MinFree::parse(Some("5%")), MinFree::Percent(5));
-        assert_eq!(MinFree::parse(Some("10Gi")), MinFree::Bytes(10 << 30));
-        assert_eq!(MinFree::parse(None), MinFree::Nothing);
-    }
-
-    #[test]
     fn the_needs_of_one_file_system_are_added_up() {
         let directory = tempfile::tempdir().unwrap();
         let need = |bytes| Need { directory: directory.path().into(), bytes };

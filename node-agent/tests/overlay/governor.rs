@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{DeletionPolicy, DiskSnapshotState, Limits};
+use freezeframe_node_agent::drivers::DriverError;
 use freezeframe_node_agent::locks::{VmLocks, Waiting};
 use freezeframe_node_agent::session::shortening::{Depth, ShorteningError};
 
@@ -84,6 +85,67 @@ async fn a_chain_over_a_template_and_one_past_the_page_cache_are_shortened_and_t
     a_retained_image_goes_out_of_the_chain(Shape::Backed).await;
 }
 
+/// QEMU opened all but the disk's own image by their names, and named their nodes itself.
+async fn a_retained_image_goes_out_of_the_chain_after_a_restart(shape: Shape) {
+    println!("{shape:?}");
+    let backed = i32::from(shape == Shape::Backed);
+    let mut lab = limited(shape, 2, 2 + backed).await;
+    let taken = [lab.take().await, lab.take().await, lab.take().await];
+    lab.retain(taken[1]).await;
+    let retained = bytes(&lab.handles(taken[1]));
+    lab.restart().await;
+    lab.write().await;
+    assert_eq!(lab.shorten().await.unwrap(), Depth::Enough);
+    lab.left_out = 1;
+    lab.check().await;
+    lab.restart().await;
+    lab.check().await;
+    let last = lab.take().await;
+    lab.delete(taken[2]).await;
+    lab.check().await;
+    lab.restart().await;
+    lab.delete(last).await;
+    lab.check().await;
+    assert_eq!(bytes(&lab.handles(taken[1])), retained, "a retained file was written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chain_of_a_vm_that_was_restarted_is_shortened() {
+    for shape in [Shape::Blockdev, Shape::Legacy, Shape::Backed, Shape::Direct] {
+        a_retained_image_goes_out_of_the_chain_after_a_restart(shape).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chain_of_a_restarted_vm_with_filters_or_iothreads_is_shortened() {
+    for shape in [Shape::Throttled, Shape::Iothreads, Shape::InlineIothreads] {
+        a_retained_image_goes_out_of_the_chain_after_a_restart(shape).await;
+    }
+}
+
+/// What is copied into a layer that QEMU named itself is on disk before the layer's header says so: the agent and QEMU die
+/// at every await in turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn shortening_after_a_restart_that_is_cut_off_anywhere_loses_nothing() {
+    let (mut polls, mut whole) = (1, false);
+    let mut lab = limited(Shape::Blockdev, 1, 2).await;
+    while !whole {
+        let taken = [lab.take().await, lab.take().await, lab.take().await];
+        lab.retain(taken[1]).await;
+        lab.restart().await;
+        whole = cut_off(Box::pin(lab.shorten()), polls).await.is_some();
+        println!("polls {polls} done {whole}");
+        lab.restart().await;
+        lab.left_out = 3 - depth_of(&lab).await;
+        lab.check().await;
+        assert_eq!(lab.shorten().await.unwrap(), Depth::Enough);
+        lab.left_out = 1;
+        lab.check().await;
+        lab = limited(Shape::Blockdev, 1, 2).await;
+        polls += 2 + polls / 8;
+    }
+}
+
 /// With no snapshot above it, the disk's own layer takes what the retained image has.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_latest_image_that_was_retained_goes_into_the_disks_own() {
@@ -104,6 +166,20 @@ async fn the_latest_image_that_was_retained_goes_into_the_disks_own() {
         lab.delete_order(&lab.snapshots[&first].order.clone()).await;
         lab.check().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_stays_as_it_is_where_less_would_be_left_free_than_a_class_wants() {
+    let mut lab = limited(Shape::Blockdev, 1, 2).await;
+    let taken = [lab.take().await, lab.take().await, lab.take().await];
+    lab.retain(taken[1]).await;
+    // As if the file system had filled up since.
+    let mut record = lab.sessions.journal.load(&lab.snapshots[&taken[0]].order.uid).unwrap().unwrap();
+    record.order.limits.min_free = Some("100%".into());
+    lab.sessions.journal.save(&record).unwrap();
+    let Err(ShorteningError::Driver { source, .. }) = lab.shorten().await else { panic!("the chain was shortened") };
+    assert!(matches!(*source, DriverError::NoSpace { needed, free, .. } if needed > free), "{source}");
+    lab.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
