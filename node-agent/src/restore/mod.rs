@@ -13,11 +13,13 @@
 //! - *switch*: the images get the disks' names ([`switch`]), or a new VM gets its directory ([`new_vm`]).
 //!
 //! What is made is named in the journal first. A restore that a crash interrupted goes on where it was; one that failed
-//! or was cancelled is taken back, unless a name has changed hands: then it goes on.
+//! or was cancelled is taken back, unless a name has changed hands: then it goes on, but for a VM that was written to in
+//! between ([`halfway`]).
 
 mod controller;
 mod directory;
 mod finish;
+mod halfway;
 mod links;
 mod make;
 mod names;
