@@ -3,10 +3,11 @@
 use super::halfway::{self, Rest};
 use super::record::{RestoreRecord, Stage};
 use super::{Restores, Turn, new_vm, outcome, source, switch};
+use crate::causes::chain;
 use crate::crash;
 use crate::hypervisor::lock::ImageLock;
 use crate::session::journal::JournalError;
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 impl Restores {
     /// From complete images to done.

@@ -42,10 +42,11 @@ use freezeframe_api::v1alpha1::{BootCheck, RestoreContentPhase, RestoreStep, Res
 use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
+use crate::causes::chain;
 use crate::crash;
 use crate::hypervisor::target_file;
 use crate::session::journal::{Journal, JournalError};
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 use crate::session::{Progress, Sessions, cancelled};
 pub(crate) use links::image_on_top;
 use order::RestoreOrder;
