@@ -1,5 +1,6 @@
 //! Disk images with a file system on them.
 
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -61,12 +62,25 @@ impl Disk {
 
     /// Makes an image of `mib` MiB with an empty file system. XFS needs 300 MiB.
     pub fn create(path: impl Into<PathBuf>, format: Format, filesystem: Filesystem, mib: u64) -> Result<Self> {
-        let disk = Self::existing(path, format);
+        Self::make(path.into(), format, |raw| make_raw(raw, filesystem, mib, &[]))
+    }
+
+    /// Makes an image of `mib` MiB with an ext4 that has `random` MiB of random data in a file of its own.
+    pub fn create_filled(path: impl Into<PathBuf>, format: Format, mib: u64, random: u64) -> Result<Self> {
+        let content = tempfile::tempdir()?;
+        let mut ballast = std::fs::File::create(content.path().join("ballast"))?;
+        std::io::copy(&mut std::fs::File::open("/dev/urandom")?.take(random << 20), &mut ballast)?;
+        let options = [Path::new("-d"), content.path()];
+        Self::make(path.into(), format, |raw| make_raw(raw, Filesystem::Ext4, mib, &options))
+    }
+
+    fn make(path: PathBuf, format: Format, make_raw: impl Fn(&Path) -> Result<()>) -> Result<Self> {
+        let disk = Self { path, format };
         match format {
-            Format::Raw => make_raw(&disk.path, filesystem, mib)?,
+            Format::Raw => make_raw(&disk.path)?,
             Format::Qcow2 => {
                 let raw = disk.path.with_extension("making");
-                make_raw(&raw, filesystem, mib)?;
+                make_raw(&raw)?;
                 convert(&raw, Format::Raw, &disk.path, Format::Qcow2)?;
                 std::fs::remove_file(raw)?;
             }
@@ -81,11 +95,11 @@ pub(crate) fn convert(from: &Path, from_format: Format, to: &Path, to_format: Fo
     run("qemu-img", formats.into_iter().chain([from, to])).map(drop)
 }
 
-fn make_raw(path: &Path, filesystem: Filesystem, mib: u64) -> Result<()> {
+fn make_raw(path: &Path, filesystem: Filesystem, mib: u64, more: &[&Path]) -> Result<()> {
     std::fs::File::create(path)?.set_len(mib << 20)?;
     let (program, options) = match filesystem {
         Filesystem::Ext4 => ("mkfs.ext4", ["-q", "-F"]),
         Filesystem::Xfs => ("mkfs.xfs", ["-q", "-f"]),
     };
-    run(program, options.map(Path::new).into_iter().chain([path])).map(drop)
+    run(program, options.map(Path::new).into_iter().chain(more.iter().copied()).chain([path])).map(drop)
 }

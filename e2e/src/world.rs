@@ -51,6 +51,8 @@ pub struct WorldConfig {
     pub vm: String,
     /// The guest's disks.
     pub disks: Vec<DiskSpec>,
+    /// Random data that each ext4 of them has from the start, in MiB.
+    pub ballast: u64,
     /// What their images lie on, in the same order; those beyond its end lie on [`Place::Plain`].
     pub places: Vec<Place>,
     /// What the guest does.
@@ -71,6 +73,7 @@ impl Default for WorldConfig {
             namespace: "shop".into(),
             vm: "db-1".into(),
             disks: vec![disk(Filesystem::Ext4), disk(Filesystem::Xfs)],
+            ballast: 0,
             places: vec![],
             load: Load::Light,
             agent: Agent::On,
@@ -191,7 +194,7 @@ fn guest_config(config: &WorldConfig, root: &Path, vm_root: &Path) -> Result<Gue
     let mut guest = GuestConfig::new(&config.namespace, &config.vm, vm_root, &private);
     for (index, (name, spec)) in DISK_NAMES.into_iter().zip(&config.disks).enumerate() {
         let place = config.places.get(index).copied().unwrap_or(Place::Plain);
-        guest.disks.push(make_disk(&image_directory(config, root, place)?, name, *spec)?);
+        guest.disks.push(make_disk(&image_directory(config, root, place)?, name, *spec, config.ballast)?);
     }
     (guest.load, guest.agent, guest.style) = (config.load, config.agent, config.style);
     guest.trouble = config.trouble;
@@ -238,7 +241,10 @@ impl Place {
     }
 }
 
-fn make_disk(images: &Path, name: &str, spec: DiskSpec) -> Result<Disk> {
+fn make_disk(images: &Path, name: &str, spec: DiskSpec, ballast: u64) -> Result<Disk> {
     let path: PathBuf = images.join(format!("{name}.{}", spec.format.name()));
+    if spec.filesystem == Filesystem::Ext4 && ballast > 0 {
+        return Disk::create_filled(path, spec.format, spec.mib, ballast);
+    }
     Disk::create(path, spec.format, spec.filesystem, spec.mib)
 }

@@ -28,7 +28,11 @@ const VM: &str = "db-1";
 
 /// A world whose guest has written, was snapshotted, and has written more.
 async fn world_with_a_past() -> Result<(World, VMSnapshot)> {
-    let world = World::start(WorldConfig::default()).await?;
+    with_a_past(WorldConfig::default()).await
+}
+
+async fn with_a_past(config: WorldConfig) -> Result<(World, VMSnapshot)> {
+    let world = World::start(config).await?;
     world.guest()?.await_records(20, SOON).await?;
     let snapshot = world.take_ready("yesterday", VM).await?;
     world.guest()?.await_records(20, SOON).await?;
@@ -230,7 +234,7 @@ async fn copy_slowly(world: &mut World) -> Result<PathBuf> {
     std::fs::create_dir_all(&tools)?;
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = convert ] || exec {real} \"$@\"\nshift; echo $$ > {pid}.new; mv {pid}.new {pid}\n\
-         exec {real} convert -m 1 -r 256K \"$@\"\n",
+         exec {real} convert -m 1 -r 1M \"$@\"\n",
         real = real.trim(),
         pid = pid.display(),
     );
@@ -242,20 +246,31 @@ async fn copy_slowly(world: &mut World) -> Result<PathBuf> {
     Ok(pid)
 }
 
+/// How far the first disk is that is being copied, in percent.
+fn progress(restore: &VMRestore) -> Option<i32> {
+    let mut disks = restore.status.iter().flat_map(|status| &status.disks);
+    disks.find(|disk| disk.state == RestoredDiskState::Copying).and_then(|disk| disk.progress_percent)
+}
+
+/// Waits until the restore `slow` is further than `before`, and not at its end.
+async fn await_progress(world: &World, before: i32) -> Result<VMRestore> {
+    let is_further = |restore: &VMRestore| {
+        restore_phase(restore) == Some(RestorePhase::Restoring)
+            && progress(restore).is_some_and(|percent| percent > before && percent < 100)
+    };
+    let seen = await_object(&world.restores(), "slow", "progress of the copy", SOON, is_further).await;
+    seen.map_err(|error| world.with_logs(error))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_restore_tells_how_far_it_is_and_deleting_it_ends_the_copy() -> Result<()> {
-    let (mut world, snapshot) = world_with_a_past().await?;
+    // Half a minute of copying, in steps of 2 MiB.
+    let (mut world, snapshot) = with_a_past(WorldConfig { ballast: 32, ..WorldConfig::default() }).await?;
     let found = files(&world.image_directory(VM))?;
     let pid = copy_slowly(&mut world).await?;
     world.apply_restore("slow", &snapshot, json!({"target": {"newVM": "copy-1"}, "mode": "Full"})).await?;
-    // QEMU says that little data is copied before it has waited for its turn to.
-    let copying = |restore: &VMRestore| {
-        let mut disks = restore.status.iter().flat_map(|status| &status.disks);
-        restore_phase(restore) == Some(RestorePhase::Restoring)
-            && disks.any(|disk| disk.state == RestoredDiskState::Copying && disk.progress_percent.is_some())
-    };
-    let seen = await_object(&world.restores(), "slow", "progress of the copy", SOON, copying).await;
-    let seen = seen.map_err(|error| world.with_logs(error))?;
+    let seen = await_progress(&world, 0).await?;
+    let seen = await_progress(&world, progress(&seen).context("no progress")?).await?;
     let process = Path::new("/proc").join(std::fs::read_to_string(&pid)?.trim());
     ensure!(process.exists(), "nothing copies");
     let content = seen.status.and_then(|status| status.content_name).context("no content")?;

@@ -8,12 +8,12 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use tracing::{Span, info_span};
 
+use crate::causes::chain;
 use crate::hypervisor::VmKey;
 use crate::orders::{NotAsked, OrderError, Orders, TRY_AGAIN, Work};
 use crate::report::report;
 use crate::session::journal::{Journal, JournalError, SessionRecord, Stage};
 use crate::session::order::Order;
-use crate::session::outcome::chain;
 use crate::session::{Progress, Sessions, Turn};
 
 impl Work for Sessions {

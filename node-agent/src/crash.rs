@@ -23,6 +23,7 @@ pub fn point(name: &str) {
 }
 
 #[cfg(feature = "crash-points")]
+#[allow(clippy::disallowed_methods, reason = "no test that hangs the agent has it start a process")]
 fn hang(name: &str) {
     let wanted = std::env::var("FREEZEFRAME_HANG_AT").unwrap_or_default();
     let Some((_, file)) = wanted.split_once(':').filter(|(point, _)| *point == name) else { return };

@@ -9,13 +9,14 @@ use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent};
 use kube::{Api, Client, ResourceExt};
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::drivers::{DiskTask, Fill};
 use crate::locks::VmLocks;
 use crate::metrics::Metrics;
 use crate::report::{ReportError, call, report};
 use crate::session::Sessions;
 use crate::session::journal::{JournalError, SessionRecord, Stage};
-use crate::session::outcome::{chain, filled, spoilt};
+use crate::session::outcome::{filled, spoilt};
 
 /// What watching needs.
 pub struct FillWatch {

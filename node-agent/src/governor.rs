@@ -11,10 +11,10 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::hypervisor::VmKey;
 use crate::locks::{VmLocks, VmTurn};
 use crate::session::Sessions;
-use crate::session::outcome::chain;
 use crate::session::shortening::{Depth, ShorteningError};
 
 /// How often chains are looked at.

@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod boot;
+mod causes;
 mod controller;
 mod crash;
 pub mod drivers;

@@ -20,13 +20,13 @@ use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
+use crate::causes::chain;
 use crate::hypervisor::VmKey;
 use crate::locks::{VmLocks, VmTurn};
 use crate::metrics::Metrics;
 use crate::report::{ReportError, call};
 use crate::session::Progress;
 use crate::session::journal::{Journal, JournalError, Record};
-use crate::session::outcome::chain;
 
 /// How soon what couldn't be done is tried again.
 pub(crate) const TRY_AGAIN: Duration = Duration::from_secs(5);

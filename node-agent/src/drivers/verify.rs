@@ -10,9 +10,9 @@ use rustix::fs::OFlags;
 
 use super::tool::look;
 use super::{Artifact, DiskTask, DriverError, Result};
+use crate::causes::chain;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
 use crate::hypervisor::qcow2::read_header;
-use crate::session::outcome::chain;
 
 /// What QEMU rounds a raw image's length up to.
 const SECTOR: u64 = 512;

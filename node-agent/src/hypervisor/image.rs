@@ -3,15 +3,14 @@
 //! QEMU tells us its images' paths, and QEMU is not trusted: a path outside the roots, a symbolic link, or anything
 //! but a regular file is refused before something is created, renamed or handed over.
 
-use std::hash::{Hash, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
 use super::device::number_of;
+pub use super::file_id::FileId;
 use super::qcow2::HeaderError;
 
 /// What can go wrong with an image file.
@@ -73,46 +72,6 @@ impl ImageError {
 }
 
 type Result<T> = std::result::Result<T, ImageError>;
-
-/// A file by what it is, not by its name: names change hands at a cut.
-///
-/// A record keeps the inode alone: the number of a file system may be another after a reboot of the host, and a record's
-/// ids are only ever looked for in the directory that the record names.
-#[derive(Clone, Copy, Debug, Eq, Serialize, Deserialize)]
-pub struct FileId {
-    /// The file system; none in what was read from a record.
-    #[serde(skip)]
-    pub device: Option<u64>,
-    /// The inode there.
-    pub inode: u64,
-}
-
-impl FileId {
-    /// A block device, by its number. It is on no file system.
-    #[must_use]
-    pub fn of_device(number: u64) -> Self {
-        Self::new(u64::MAX, number)
-    }
-
-    /// A file on a file system of this boot.
-    #[must_use]
-    pub fn new(device: u64, inode: u64) -> Self {
-        Self { device: Some(device), inode }
-    }
-}
-
-impl PartialEq for FileId {
-    fn eq(&self, other: &Self) -> bool {
-        let same_device = self.device.zip(other.device).is_none_or(|(one, other)| one == other);
-        same_device && self.inode == other.inode
-    }
-}
-
-impl Hash for FileId {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.inode.hash(state);
-    }
-}
 
 /// Where images may be.
 #[derive(Clone, Debug)]
@@ -181,9 +140,9 @@ impl ImageDirectory {
             let number = number_of(Path::new(name)).map_err(|_| ImageError::NotRegular(name.into()))?;
             return Ok(Some(FileId::of_device(number)));
         }
-        match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {
-                Ok(Some(FileId::new(found.st_dev, found.st_ino)))
+        match rustix::fs::statx(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW, FileId::NEEDS) {
+            Ok(found) if FileType::from_raw_mode(found.stx_mode.into()) == FileType::RegularFile => {
+                Ok(Some(FileId::of(&found)))
             }
             Ok(_) => Err(ImageError::NotRegular(self.join(name))),
             Err(Errno::NOENT) => Ok(None),

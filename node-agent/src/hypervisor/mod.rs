@@ -6,6 +6,7 @@
 pub mod btrfs;
 pub mod device;
 pub mod disks;
+pub mod file_id;
 pub mod filesystem;
 pub mod graph;
 pub mod image;

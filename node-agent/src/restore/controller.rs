@@ -13,12 +13,12 @@ use tracing::{Span, info_span};
 use super::order::RestoreOrder;
 use super::record::{RestoreRecord, Stage};
 use super::{Restores, Turn};
+use crate::causes::chain;
 use crate::hypervisor::VmKey;
 use crate::orders::{NotAsked, OrderError, Orders, TRY_AGAIN, Work};
 use crate::report::{report, report_time, write_status};
 use crate::session::Progress;
 use crate::session::journal::{Journal, JournalError};
-use crate::session::outcome::chain;
 
 /// How often the API is told that the node is at it.
 const HEARTBEAT: Duration = Duration::from_secs(60);

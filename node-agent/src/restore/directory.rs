@@ -10,9 +10,10 @@ use rustix::fs::{Gid, Mode, Uid};
 
 use super::order::RestoreOrder;
 use super::record::DiskRestore;
+use crate::causes::chain;
 use crate::hypervisor::VmKey;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 /// Path of a new VM's image, for a disk whose own image is `like`.
 pub fn of_image(order: &RestoreOrder, new: &VmKey, like: &Path, disk: &str, format: &str) -> PathBuf {

@@ -1,11 +1,13 @@
 //! From complete images to done: the names change hands, or the new VM is made, now or after a crash.
 
+use super::halfway::{self, Rest};
 use super::record::{RestoreRecord, Stage};
 use super::{Restores, Turn, new_vm, outcome, source, switch};
+use crate::causes::chain;
 use crate::crash;
 use crate::hypervisor::lock::ImageLock;
 use crate::session::journal::JournalError;
-use crate::session::outcome::chain;
+use crate::session::outcome::Failure;
 
 impl Restores {
     /// From complete images to done.
@@ -26,11 +28,28 @@ impl Restores {
     /// A crash came in between. Where no name has changed hands the VM may have run since.
     pub(super) async fn switch_again(&self, record: &mut RestoreRecord) -> Result<Turn, JournalError> {
         match switch::has_begun(self, record).await {
-            Ok(true) => match switch::hold_the_rest(self, record).await {
-                Ok(held) => self.finish_held(record, held).await,
+            Ok(true) => match halfway::look(self, record).await {
+                Ok(Rest::GoesOn(held)) => self.finish_held(record, held).await,
+                Ok(Rest::GoesBack(why, held)) => self.go_back(record, &why, held).await,
                 Err(failure) => Ok(not_yet(record, &failure.message)),
             },
             Ok(false) => self.switch(record).await,
+            Err(error) => Ok(not_yet(record, &chain(&error))),
+        }
+    }
+
+    /// The old images have their names before the restore is on record as failed: from then on what it made is removed.
+    async fn go_back(
+        &self,
+        record: &mut RestoreRecord,
+        why: &Failure,
+        held: Vec<ImageLock>,
+    ) -> Result<Turn, JournalError> {
+        match halfway::put_back(self, record).await {
+            Ok(()) => {
+                drop(held);
+                self.fail(record, why).await
+            }
             Err(error) => Ok(not_yet(record, &chain(&error))),
         }
     }

@@ -11,11 +11,12 @@ use rustix::fs::{Mode, OFlags};
 use super::record::{DiskRestore, ImageId, Method};
 use super::source::{failed, has_backing, place};
 use super::{Restores, tool, volumes};
+use crate::causes::chain;
 use crate::drivers::qemu_img;
 use crate::hypervisor::image::{ImageDirectory, ImageError};
 use crate::hypervisor::qcow2::read_header;
 use crate::hypervisor::share::share;
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 /// Makes one disk's image and puts it on disk; `told` learns of a copy's progress in percent.
 pub async fn make(

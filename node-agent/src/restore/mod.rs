@@ -13,11 +13,13 @@
 //! - *switch*: the images get the disks' names ([`switch`]), or a new VM gets its directory ([`new_vm`]).
 //!
 //! What is made is named in the journal first. A restore that a crash interrupted goes on where it was; one that failed
-//! or was cancelled is taken back, unless a name has changed hands: then it goes on.
+//! or was cancelled is taken back, unless a name has changed hands: then it goes on, but for a VM that was written to in
+//! between ([`halfway`]).
 
 mod controller;
 mod directory;
 mod finish;
+mod halfway;
 mod links;
 mod make;
 mod names;
@@ -40,10 +42,11 @@ use freezeframe_api::v1alpha1::{BootCheck, RestoreContentPhase, RestoreStep, Res
 use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
+use crate::causes::chain;
 use crate::crash;
 use crate::hypervisor::target_file;
 use crate::session::journal::{Journal, JournalError};
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 use crate::session::{Progress, Sessions, cancelled};
 pub(crate) use links::image_on_top;
 use order::RestoreOrder;

@@ -137,6 +137,17 @@ impl Names {
         Ok(has_it)
     }
 
+    /// Gives the old image that is away the disk's name again, which must be free; true if it was.
+    pub async fn put_back(&self) -> Result<bool> {
+        let is_away = self.places().await?.replaced_is_away;
+        match self {
+            _ if !is_away => {}
+            Self::Files(files) => files.directory.rename_new(&files.away, &files.disk)?,
+            Self::Volumes(volumes) => commands::rename(&volumes.away, &volumes.disk).await?,
+        }
+        Ok(is_away)
+    }
+
     /// Gives the new image the disk's name, which must be free; true if it didn't have it.
     pub async fn bring_in(&self) -> Result<bool> {
         let waits = self.places().await?.made_waits;

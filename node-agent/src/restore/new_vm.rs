@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use freezeframe_api::conditions::reasons;
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{AtFlags, CWD, RenameFlags};
 use rustix::io::Errno;
 
 use super::Restores;
@@ -75,10 +75,10 @@ pub fn is_published(restores: &Restores, record: &RestoreRecord) -> bool {
 }
 
 fn id(directory: &Path) -> std::io::Result<Option<FileId>> {
-    match std::fs::symlink_metadata(directory) {
-        Ok(found) => Ok(Some(FileId::new(found.dev(), found.ino()))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+    match rustix::fs::statx(CWD, directory, AtFlags::SYMLINK_NOFOLLOW, FileId::NEEDS) {
+        Ok(found) => Ok(Some(FileId::of(&found))),
+        Err(Errno::NOENT) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 

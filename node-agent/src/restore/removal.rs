@@ -5,8 +5,9 @@ use freezeframe_api::v1alpha1::VMRestoreContentStatus;
 use super::order::RestoreOrder;
 use super::record::{RestoreRecord, Stage};
 use super::{Restores, Turn, new_vm, outcome, switch};
+use crate::causes::chain;
 use crate::session::journal::JournalError;
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 /// What a deletion came to.
 pub struct Deletion {

@@ -12,11 +12,12 @@ use rustix::fs::OFlags;
 use super::Restores;
 use super::order::RestoreOrder;
 use super::record::{DiskRestore, RestoreRecord};
+use crate::causes::chain;
 use crate::drivers::DiskTask;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
 use crate::hypervisor::qcow2::{HeaderError, has_external_data, read_header};
 use crate::session::journal::{JournalError, SessionRecord, Stage};
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 /// A chain is never deeper than this; a longer one is a loop.
 const DEEPEST: usize = 1024;

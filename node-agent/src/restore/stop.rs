@@ -10,11 +10,12 @@ use super::Restores;
 use super::order::RestoreOrder;
 use super::record::DiskRestore;
 use super::source::failed;
+use crate::causes::chain;
 use crate::hypervisor::image::ImageError;
 use crate::hypervisor::lock::ImageLock;
 use crate::hypervisor::{OpenError, QMP_TIMEOUT, Vm, VmKey};
 use crate::session::Progress;
-use crate::session::outcome::{Failure, chain};
+use crate::session::outcome::Failure;
 
 /// How long QEMU may take to end once it was told to.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(15);

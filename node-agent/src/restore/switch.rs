@@ -2,7 +2,7 @@
 //!
 //! In place, one disk's files exchange their names in a single step. Volumes can't, nor can several disks: so all old
 //! images go away from their names first, and then the new ones come. A VM that is started in between doesn't find one of its disks,
-//! whichever it opens first, and never runs on a mixed set. From the first name on there is no way back.
+//! whichever it opens first, and never runs on a mixed set. From the first new image on there is no way back.
 //!
 //! Everything is looked up by what the files are, so that it may be called again after a crash.
 
@@ -28,7 +28,8 @@ use crate::session::outcome::Failure;
 
 type Result<T> = std::result::Result<T, NamesError>;
 
-fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
+/// The names of all disks.
+pub fn all(restores: &Restores, record: &RestoreRecord) -> Result<Vec<Names>> {
     let id = record.order.id();
     record.disks.iter().map(|disk| Names::of(restores, disk, &id)).collect()
 }
@@ -60,34 +61,6 @@ pub async fn make_ready(
     Ok(held)
 }
 
-/// Sees to it that nobody uses the old images that still have their names, or starts the VM, while others are gone from
-/// theirs. Where every disk has its new image the VM may run.
-pub async fn hold_the_rest(
-    restores: &Restores,
-    record: &RestoreRecord,
-) -> std::result::Result<Vec<ImageLock>, Failure> {
-    if record.order.new_vm.is_some() {
-        return Ok(vec![]);
-    }
-    let all = all(restores, record).map_err(|error| failed(&error))?;
-    let mut rest = vec![];
-    let mut finished = true;
-    for (names, disk) in all.iter().zip(&record.disks) {
-        let places = names.places().await.map_err(|error| failed(&error))?;
-        finished &= places.is_finished();
-        if places.replaced_is_in {
-            rest.push(disk.clone());
-        }
-    }
-    if finished {
-        return Ok(vec![]);
-    }
-    not_running(restores, &record.order.vm).await?;
-    let held = hold_images(restores, &rest).await?;
-    not_running(restores, &record.order.vm).await?;
-    Ok(held)
-}
-
 /// Every new image is there to get its disk's name: once old ones are gone from theirs, it would be too late.
 async fn check_made(restores: &Restores, record: &RestoreRecord) -> std::result::Result<(), Failure> {
     for names in all(restores, record).map_err(|error| failed(&error))? {
@@ -100,7 +73,7 @@ async fn check_made(restores: &Restores, record: &RestoreRecord) -> std::result:
 }
 
 /// The snapshot of the state before has every disk that is replaced.
-fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<SessionRecord, Failure> {
+pub fn check_kept(restores: &Restores, record: &RestoreRecord) -> std::result::Result<SessionRecord, Failure> {
     let missing = |what: String| Failure::new(reasons::PRE_RESTORE_FAILED, what);
     let uid = record.order.pre_restore.as_deref();
     let uid = uid.ok_or_else(|| missing("the order names no snapshot of the state before".into()))?;
@@ -129,7 +102,7 @@ fn image_of(task: &DiskTask) -> Option<PathBuf> {
 }
 
 /// Nothing was written since the state before was kept, and no image needs the one that goes.
-async fn check_unchanged(
+pub async fn check_unchanged(
     restores: &Restores,
     disk: &DiskRestore,
     kept: &SessionRecord,

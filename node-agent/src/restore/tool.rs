@@ -1,4 +1,5 @@
-//! The runs of `qemu-img` that a restore needs: with progress, at the lowest priority, ended when they are dropped.
+//! The runs of `qemu-img` that a restore needs: with progress, at the lowest priority, ended when they are dropped, and
+//! when the agent dies.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -57,8 +58,10 @@ pub async fn convert(
     target: Target<'_>,
     told: &(dyn Fn(i32) + Send + Sync),
 ) -> Result<(), ToolError> {
-    let mut command = Command::new("ionice");
-    command.args(["-c", "3", "nice", "-n", "19", "qemu-img", "convert", "-p", "-f", source.1, "-O", target.format]);
+    // The signal comes with the end of the *thread* that starts it: one of the runtime's, which live as long as the agent.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "ionice", "-c", "3", "nice", "-n", "19"]);
+    command.args(["qemu-img", "convert", "-p", "-f", source.1, "-O", target.format]);
     command.args(target.exists.then_some("-n")).arg(source.0).arg(target.image);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| ToolError(error.to_string()))?;

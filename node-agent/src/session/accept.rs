@@ -9,9 +9,10 @@ use tokio::time::{Instant, sleep};
 
 use super::machine::Machine;
 use super::order::Order;
-use super::outcome::{Failure, chain};
+use super::outcome::Failure;
 use super::window::Freeze;
 use super::{Progress, Sessions, still_wanted};
+use crate::causes::chain;
 use crate::drivers::DiskTask;
 use crate::drivers::choice::{Candidate, candidates, choose};
 use crate::drivers::overlay::left_running;

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::drivers::{DiskTask, lvm};
@@ -51,16 +51,18 @@ impl FileState {
     /// Looks at a file.
     pub fn of(directory: &ImageDirectory, name: &str) -> Result<Self, ImageError> {
         let file = File::from(directory.open(name, OFlags::RDONLY)?);
-        let found = rustix::fs::fstat(&file).map_err(|errno| ImageError::Io {
+        let found = rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH, FileId::NEEDS);
+        let found = found.map_err(|errno| ImageError::Io {
             doing: "examine",
             path: directory.join(name),
             source: errno.into(),
         })?;
+        let time = |time: rustix::fs::StatxTimestamp| (time.tv_sec, time.tv_nsec.into());
         Ok(Self {
-            id: FileId::new(found.st_dev, found.st_ino),
-            size: found.st_size.unsigned_abs(),
-            modified: (found.st_mtime, found.st_mtime_nsec),
-            changed: (found.st_ctime, found.st_ctime_nsec),
+            id: FileId::of(&found),
+            size: found.stx_size,
+            modified: time(found.stx_mtime),
+            changed: time(found.stx_ctime),
         })
     }
 }

@@ -11,6 +11,7 @@ use super::journal::SessionRecord;
 use super::outcome::{self, Failure};
 use super::{Progress, Sessions};
 use crate::boot::BootDisk;
+use crate::causes::chain;
 use crate::drivers::{Artifact, DiskTask, DriverError, SnapshotDriver, verify};
 use crate::hypervisor::Vm;
 use crate::hypervisor::target_file::boot_with;
@@ -73,7 +74,7 @@ impl Sessions {
         self.boots.check(&disks, &with, &self.roots).await.unwrap_or_else(|error| BootCheck {
             result: BootResult::NotTried,
             seconds: 0,
-            message: Some(outcome::chain(&error)),
+            message: Some(chain(&error)),
         })
     }
 

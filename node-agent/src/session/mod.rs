@@ -47,6 +47,7 @@ use freezeframe_guard::client::Guard;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::boot::Boots;
+use crate::causes::chain;
 use crate::crash;
 use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
@@ -227,7 +228,7 @@ impl Sessions {
     async fn window(&self, vm: &mut Vm, order: &Order, plan: &Plan) -> Result<Measured, Failure> {
         match window::run(vm, &self.guard, plan).await {
             Err(error) if error.is_of_the_freeze() && order.fallback == Fallback::Degrade => {
-                tracing::warn!(error = outcome::chain(&error), "the guest can't be frozen; cutting while it is paused");
+                tracing::warn!(error = chain(&error), "the guest can't be frozen; cutting while it is paused");
                 let plan = Plan { freeze: None, pause: true, id: format!("{}-degraded", plan.id), ..plan.clone() };
                 Ok(window::run(vm, &self.guard, &plan).await?)
             }
@@ -270,7 +271,7 @@ impl Sessions {
                 Ok(Turn::Over(status))
             }
             Err(error) => {
-                tracing::warn!(error = outcome::chain(&error), "a failed snapshot can't be taken back yet");
+                tracing::warn!(error = chain(&error), "a failed snapshot can't be taken back yet");
                 Ok(Turn::Report(status))
             }
         }

@@ -1,6 +1,5 @@
 //! From what happened to what is reported: pure.
 
-use std::error::Error;
 use std::path::Path;
 
 use freezeframe_api::conditions::{condition, reasons, set, types};
@@ -17,6 +16,7 @@ pub use super::filled::{filled, spoilt};
 use super::journal::{JournalError, SessionRecord};
 use super::proved;
 use super::window::{Measured, WindowError};
+use crate::causes::chain;
 use crate::drivers::{DiskTask, DriverError, Layer};
 
 /// Why a session ended without a snapshot.
@@ -106,19 +106,6 @@ impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         Self::new(reasons::PREPARE_FAILED, chain(&error))
     }
-}
-
-/// An error with all its causes, in one line.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 /// After the cut, while copies are under way.

@@ -181,6 +181,7 @@ mod tests {
         }
     }
 
+    #[test]
     fn the_needs_of_one_file_system_are_added_up() {
         let directory = tempfile::tempdir().unwrap();
         let need = |bytes| Need { directory: directory.path().into(), bytes };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use freezeframe_guard::client::Error as GuardError;
 use freezeframe_qemu::Error as QemuError;
 
-use super::outcome::chain;
+use crate::causes::chain;
 use crate::drivers::DriverError;
 
 /// Why a window ended without a cut, or with one that isn't worth its name.

@@ -7,8 +7,8 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 
+use crate::causes::chain;
 use crate::report::call;
-use crate::session::outcome::chain;
 
 /// Longest note that the API takes, in bytes.
 const NOTE_LENGTH: usize = 1024;

@@ -19,12 +19,12 @@ use futures::future::join_all;
 use kube::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::governor::Depths;
 use crate::hypervisor::VmKey;
 use crate::locks::VmLocks;
 use crate::metrics::Metrics;
 use crate::session::Sessions;
-use crate::session::outcome::chain;
 use events::Events;
 pub use probe::probe;
 use publish::Publisher;

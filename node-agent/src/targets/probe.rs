@@ -11,11 +11,12 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::stopped::Files;
 use super::{follow, rates, space};
+use crate::causes::chain;
 use crate::drivers::{Drivers, Layer, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
 use crate::session::Sessions;
-use crate::session::outcome::{self, chain};
+use crate::session::outcome;
 
 /// A probe must not keep a snapshot waiting for long.
 const AGENT_PATIENCE: Duration = Duration::from_millis(500);

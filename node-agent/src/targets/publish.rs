@@ -11,9 +11,9 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::json;
 
+use crate::causes::chain;
 use crate::hypervisor::VmKey;
 use crate::report::{ReportError, call};
-use crate::session::outcome::chain;
 
 /// Writes this node's targets.
 pub struct Publisher {

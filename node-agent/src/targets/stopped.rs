@@ -8,13 +8,13 @@ use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{RunState, TargetDisk, VMTargetStatus};
 
 use super::probe::target_disk;
+use crate::causes::chain;
 use crate::drivers::Writers;
 use crate::hypervisor::VmKey;
 use crate::hypervisor::disks::disks;
 use crate::hypervisor::still::{Still, StillError};
 use crate::hypervisor::target_file::{self, KnownDisk, Stamp, TargetFile};
 use crate::session::Sessions;
-use crate::session::outcome::chain;
 
 /// How soon disks that couldn't be opened are tried again, though nothing was changed in the file.
 const TRY_AGAIN: Duration = Duration::from_secs(60);

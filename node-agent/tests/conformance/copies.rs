@@ -1,5 +1,6 @@
 //! `copy` of whatever QEMU can open, into whatever the class asks for.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Mutex;
@@ -93,6 +94,32 @@ async fn whatever_qemu_opens_is_copied() {
         copy_and_delete(&mut world, 1, &[]).await;
         world.quit().await;
     }
+}
+
+/// A file that gets the number which another had; the file system gives it away again at once.
+fn with_number_of(gone: &Path) -> PathBuf {
+    let number = std::fs::metadata(gone).unwrap().ino();
+    std::fs::remove_file(gone).unwrap();
+    let others: Vec<_> = (0..100).map(|at| gone.with_extension(format!("other-{at}"))).collect();
+    for other in &others {
+        std::fs::write(other, "mine").unwrap();
+    }
+    let mut found = others.into_iter().filter(|other| std::fs::metadata(other).unwrap().ino() == number);
+    found.next().expect("no file got the number again")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_somebody_else_with_a_copys_name_and_inode_number_is_not_deleted() {
+    let mut world = World::on(Kind::Xfs, "qcow2").await;
+    world.write().await;
+    let copies = world.storage.root().join("copies");
+    std::fs::create_dir(&copies).unwrap();
+    let order = with(&world, 1, &[("directory", copies.to_str().unwrap())]);
+    world.snapshot(&order).await;
+    let copy = world.artifacts(&order)[0].handle.clone();
+    std::fs::rename(with_number_of(&copy), &copy).unwrap();
+    world.delete(&order).await;
+    assert_eq!(std::fs::read_to_string(&copy).unwrap(), "mine");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -245,7 +272,6 @@ async fn refused(world: &World, order: &Order) -> String {
 }
 
 fn blocks(file: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
     std::fs::metadata(file).unwrap().blocks()
 }
 

@@ -1,5 +1,5 @@
-//! A full copy that the disk is too small for in the end, or that is cancelled: the agent works in a process of its own,
-//! whose `qemu-img` is the real one behind a script that lets something happen first.
+//! A full copy that the disk is too small for in the end, that is cancelled, or whose agent dies: the agent works in a
+//! process of its own, whose `qemu-img` is the real one behind a script that lets something happen first.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 
 use crate::cases::Case;
+use crate::content::Content;
 use crate::lab::{Lab, Wish, restores, why};
 use crate::storage::Kind;
 
@@ -146,23 +147,22 @@ impl Drop for Agent {
 }
 
 /// A stopped VM, and a full restore in place and to a new VM of what it had; both must copy.
-async fn orders() -> (Lab, [RestoreOrder; 2]) {
+async fn orders() -> (Lab, Vec<Content>, [RestoreOrder; 2]) {
     let mut lab = Lab::of(CASE).await;
-    for number in 1..=2 {
-        lab.world.write().await;
-        lab.snapshot(CASE.driver, number).await;
-    }
     lab.world.write().await;
-    let source = lab.world.order(CASE.driver, 2);
+    lab.snapshot(CASE.driver, 1).await;
+    lab.world.write().await;
+    let (source, taken) = lab.snapshot(CASE.driver, 2).await;
+    lab.world.write().await;
     let (before, _) = lab.stop_and_keep(CASE.driver, 3).await;
     let in_place = RestoreOrder { mode: RestoreMode::Full, ..lab.order_in_place(&source, &before) };
     let new = lab.order_to_new(&source, "new", RestoreMode::Full);
-    (lab, [in_place, new])
+    (lab, taken, [in_place, new])
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_fills_up_while_a_restore_copies_fails_it_with_numbers_and_nothing_is_left() {
-    let (mut lab, orders) = orders().await;
+    let (mut lab, _, orders) = orders().await;
     let files = lab.files();
     for order in orders {
         let filler = lab.world.storage.root().join("filler");
@@ -182,7 +182,7 @@ async fn a_disk_that_fills_up_while_a_restore_copies_fails_it_with_numbers_and_n
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_is_cancelled_while_it_copies_ends_the_copy_and_leaves_nothing() {
-    let (mut lab, orders) = orders().await;
+    let (mut lab, _, orders) = orders().await;
     let files = lab.files();
     for order in orders {
         let agent = Agent::start(&lab, &order, "true", "-r 1K");
@@ -197,4 +197,21 @@ async fn a_restore_that_is_cancelled_while_it_copies_ends_the_copy_and_leaves_no
     }
     lab.world.start().await;
     lab.world.check_guest().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_ends_with_its_agent_and_is_begun_anew_by_the_next() {
+    let (lab, taken, orders) = orders().await;
+    for order in orders {
+        let agent = Agent::start(&lab, &order, "true", "-r 1K");
+        let copying = agent.copying().await;
+        // Its agent is killed, and can end nothing.
+        drop(agent);
+        tokio::time::timeout(SOON, until_gone(&copying)).await.expect("qemu-img goes on");
+        std::fs::remove_file(lab.world.sessions.vm_root.with_file_name("copying")).unwrap();
+        for (image, content) in lab.restore(&order).await.iter().zip(&taken) {
+            content.check(image, CASE.format).unwrap();
+        }
+        assert!(!lab.files().iter().any(|file| file.contains("vmrestore-")), "{:?}", lab.files());
+    }
 }

@@ -297,6 +297,51 @@ async fn a_disk_that_is_open_elsewhere_is_not_renamed_though_another_was() {
     assert_eq!(set.reads().as_ref(), Some(&set.old));
 }
 
+/// With one disk gone from its name, the VM's owner starts it with the other: what it writes there is kept nowhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_ran_without_its_missing_disk_keeps_what_it_wrote_and_gets_that_disk_back() {
+    for killed_again in [false, true] {
+        let mut set = InPlace::new(0).await;
+        killed_at(&set.lab, &set.order, "restore-away");
+        let at = set.lab.world.disks.iter().position(|disk| disk.file.exists()).unwrap();
+        let left = set.lab.world.disks[at].clone();
+        let machine = Machine::start(&set.lab.world.directory(), std::slice::from_ref(&left)).await;
+        for command in set.before[at].write(99) {
+            machine.io(&left.name, &command).await;
+        }
+        machine.quit().await;
+        if killed_again {
+            killed_at(&set.lab, &set.order, "restore-put-back");
+        }
+        let status = set.lab.advance(&set.order).await;
+        let (found, message) = why(&status);
+        assert_eq!(
+            (status.phase, found.as_str()),
+            (Some(RestoreContentPhase::Failed), reasons::VM_CHANGED),
+            "{message}"
+        );
+        set.check_tidy();
+        set.lab.check_disks(&set.before);
+    }
+}
+
+/// The same, and that disk is cut too: its name has a layer, and what was checked lies below.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_under_the_name_of_a_disk_whose_turn_has_not_come_is_noticed() {
+    let set = InPlace::new(0).await;
+    killed_at(&set.lab, &set.order, "restore-away");
+    let left = set.lab.world.disks.iter().find(|disk| disk.file.exists()).unwrap();
+    let below = left.file.with_extension("below");
+    std::fs::rename(&left.file, &below).unwrap();
+    let name = below.file_name().unwrap().to_str().unwrap();
+    crate::storage::run(&format!("qemu-img create -q -f qcow2 -F qcow2 -b {name}"), &[&left.file]);
+    let status = set.lab.advance(&set.order).await;
+    let (found, message) = why(&status);
+    assert_eq!((status.phase, found.as_str()), (Some(RestoreContentPhase::Failed), reasons::VM_CHANGED), "{message}");
+    set.check_tidy();
+    set.lab.check_disks(&set.before);
+}
+
 /// Old images are away from their names, and somebody tidies up: what was replaced isn't let go of.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_image_is_kept_where_the_new_one_is_gone() {

@@ -13,12 +13,12 @@ use super::State;
 use super::parameters::Format;
 use super::parameters::Parameters;
 use super::target::{needed, reserve};
+use crate::causes::chain;
 use crate::drivers::tool::look;
 use crate::drivers::{DiskTask, DriverError, Removal, Result};
 use crate::hypervisor::image::{ImageDirectory, ImageError};
 use crate::hypervisor::lock::ImageLock;
 use crate::hypervisor::qcow2::{has_external_data, read_header};
-use crate::session::outcome::chain;
 
 /// Most that is read of a file to see that it is empty, in bytes.
 const MOST_READ: u64 = 1 << 20;

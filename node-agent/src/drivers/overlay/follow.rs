@@ -25,11 +25,11 @@ use serde_json::json;
 use super::parameters::{DIRECTORY, Parameters};
 use super::prepare::header;
 use super::state::State;
+use crate::causes::chain;
 use crate::drivers::tool::look;
 use crate::drivers::{DiskTask, DriverError, Result};
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
 use crate::hypervisor::qcow2::HeaderError;
-use crate::session::outcome::chain;
 
 /// Formats of images that may get a layer which the VM's owner follows.
 pub const FORMATS: [&str; 2] = ["raw", "qed"];

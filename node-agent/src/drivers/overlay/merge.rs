@@ -299,7 +299,7 @@ async fn hold_base_by_descriptor(
     match replace_base(vm, env.roots, top, base, state).await {
         Ok(()) => Ok(true),
         Err(error) => {
-            tracing::warn!(error = crate::session::outcome::chain(&error), "the base stays held by its name");
+            tracing::warn!(error = crate::causes::chain(&error), "the base stays held by its name");
             Ok(false)
         }
     }
