@@ -14,7 +14,7 @@ use freezeframe_e2e::{Cache, NodeVm, NodeVmConfig};
 /// The one test of each run: both kinds of volume, one cut, what it kept, and its removal.
 const ONE: &str = "thin_and_thick_volumes_of_one_group_are_cut_in_one_pause_and_keep_what_was_before_it";
 /// Emulated in an emulator, on a machine that does other things too.
-const SUITE: Duration = Duration::from_secs(3600);
+const SUITE: Duration = Duration::from_secs(7200);
 const OWN_PACKAGE: [&str; 4] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"];
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,6 +12,7 @@ mod counting;
 mod frozen;
 mod instant;
 mod machine;
+mod nested;
 mod node;
 mod restores;
 mod targets;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{
     ContentPhase, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus,
+    VMSnapshotContentStatus,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::boot::{Accelerator, Boots};
@@ -30,7 +31,6 @@ use crate::world::{World, roots};
 
 const ORDER: &str = "FREEZEFRAME_TEST_ORDER";
 const RUN: &str = "FREEZEFRAME_TEST_RUN";
-const MOST_ATTEMPTS: u32 = 6;
 
 struct NeverCancelled;
 
@@ -41,13 +41,19 @@ impl Progress for NeverCancelled {
 }
 
 /// A snapshot that its node has on record, and what it must read as.
-struct Taken {
+pub struct Taken {
     order: Order,
     contents: Vec<Content>,
-    handles: Vec<PathBuf>,
+    pub handles: Vec<PathBuf>,
 }
 
 impl Taken {
+    pub fn new(world: &World, order: Order, status: &VMSnapshotContentStatus) -> Self {
+        assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+        let handles = status.disks.iter().map(|disk| PathBuf::from(&disk.handle.as_ref().unwrap().0)).collect();
+        Self { order, contents: world.contents.clone(), handles }
+    }
+
     fn check(&self) {
         for (handle, content) in self.handles.iter().zip(&self.contents) {
             content.check(handle, "raw").unwrap();
@@ -55,35 +61,22 @@ impl Taken {
     }
 }
 
-/// Takes a snapshot by a whole session, of the VM as it is: running, or stopped. A QEMU that is emulated on a busy machine
-/// may not answer within the product's bounds, which stay as they are: then another is taken.
-async fn take(world: &World, number: u32) -> Taken {
-    let mut order = World::order(number);
-    let mut status = world.advance(&order).await;
-    for attempt in 1..MOST_ATTEMPTS {
-        let ready = find(&status.conditions, types::READY).unwrap();
-        if ready.reason != reasons::VM_BUSY {
-            break;
-        }
-        println!("not yet: {}", ready.message);
-        assert!(world.sessions.delete(&order).await.unwrap().over);
-        order = World::order(number + attempt * 0x100);
-        status = world.advance(&order).await;
-    }
-    assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
-    let handles = status.disks.iter().map(|disk| PathBuf::from(&disk.handle.as_ref().unwrap().0)).collect();
-    let taken = Taken { order, contents: world.contents.clone(), handles };
+/// Takes a snapshot by a whole session, of the VM as it is: running, or stopped.
+pub async fn take(world: &World, number: u32) -> Taken {
+    let order = World::order(number);
+    let status = world.advance(&order).await;
+    let taken = Taken::new(world, order, &status);
     taken.check();
     taken
 }
 
-async fn delete(world: &World, taken: &Taken) {
+pub async fn delete(world: &World, taken: &Taken) {
     let deletion = world.sessions.delete(&taken.order).await.unwrap();
     assert!(deletion.over, "{:?}", deletion.status.conditions);
 }
 
 /// The restores of the node whose files are in `run`.
-fn restores(run: &Path) -> Restores {
+pub fn restores(run: &Path) -> Restores {
     let boots = Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg));
     let sessions = Sessions {
         vm_root: run.join("vms"),
@@ -98,7 +91,7 @@ fn restores(run: &Path) -> Restores {
     Restores { sessions: Arc::new(sessions), journal: Journal::open(run.join("restores")).unwrap(), boots }
 }
 
-fn order(number: u32, source: &Taken, kept: Option<&Taken>) -> RestoreOrder {
+pub fn order(number: u32, source: &Taken, kept: Option<&Taken>) -> RestoreOrder {
     RestoreOrder {
         content: format!("vmrestore-{number}"),
         uid: format!("{number:08x}-2222-4222-8222-222222222222"),
@@ -119,19 +112,19 @@ fn order(number: u32, source: &Taken, kept: Option<&Taken>) -> RestoreOrder {
     }
 }
 
-fn to_new(number: u32, source: &Taken, name: &str, mode: RestoreMode) -> RestoreOrder {
+pub fn to_new(number: u32, source: &Taken, name: &str, mode: RestoreMode) -> RestoreOrder {
     let new_vm = Some(VmKey { namespace: "shop".into(), name: name.into() });
     RestoreOrder { new_vm, mode, ..order(number, source, None) }
 }
 
-async fn advance(restores: &Restores, order: &RestoreOrder) -> VMRestoreContentStatus {
+pub async fn advance(restores: &Restores, order: &RestoreOrder) -> VMRestoreContentStatus {
     match restores.advance(order, &NeverCancelled, &watch::Sender::new(None)).await.unwrap() {
         Turn::Over(status) => *status,
         Turn::Again(status) => panic!("not over: {status:?}"),
     }
 }
 
-async fn restore(restores: &Restores, order: &RestoreOrder) -> Vec<PathBuf> {
+pub async fn restore(restores: &Restores, order: &RestoreOrder) -> Vec<PathBuf> {
     let status = advance(restores, order).await;
     assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
     status.disks.iter().map(|disk| PathBuf::from(&disk.path.0)).collect()

@@ -135,13 +135,19 @@ impl World {
     /// Ends QEMU, and says in the VM's directory what its disks are.
     pub fn quit(&mut self) {
         self.machine = None;
-        let disk = |(at, volume): (usize, &Lv)| KnownDisk {
-            name: format!("vd{at}"),
+        let names: Vec<_> = (0..self.volumes.len()).map(|at| format!("vd{at}")).collect();
+        self.say_disks(&names.iter().map(String::as_str).collect::<Vec<_>>(), &self.volumes);
+    }
+
+    /// Says in the VM's directory what its disks are.
+    pub fn say_disks(&self, names: &[&str], volumes: &[Lv]) {
+        let disk = |(name, volume): (&&str, &Lv)| KnownDisk {
+            name: (*name).to_owned(),
             path: volume.path().into(),
             format: "raw".into(),
             read_only: false,
         };
-        let disks = self.volumes.iter().enumerate().map(disk).collect();
+        let disks = names.iter().zip(volumes).map(disk).collect();
         let file = TargetFile { disks, ..TargetFile::default() };
         let path = self.sessions.vm_root.join("shop/db-1").join(target_file::FILE);
         std::fs::write(path, serde_json::to_vec(&file).unwrap()).unwrap();
