@@ -185,6 +185,31 @@ fn no_more_than_the_limit_are_under_way_and_the_one_that_waits_longest_goes_firs
     assert_eq!(created(&room), ["s-a-20260101t020000z", "s-b-20260101t020000z"]);
 }
 
+#[test]
+fn where_there_is_never_room_for_all_each_vm_has_its_turn_at_every_second_time() {
+    let schedule = schedule(&json!({"maxConcurrent": 24}));
+    let names: Vec<String> = (0..40).map(|number| format!("vm-{number:02}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut snapshots: Vec<VMSnapshot> = vec![];
+    for hour in 1..=5 {
+        let now = at(&format!("2026-01-01T{hour:02}:00:00Z"));
+        let plan = plan(&observed(&schedule, &names, snapshots.clone()), now);
+        let created = plan.actions.into_iter().filter_map(|action| match action {
+            Action::Create(snapshot) => Some(*snapshot),
+            _ => None,
+        });
+        snapshots.extend(created.map(|snapshot| {
+            let time = made::time_of(&snapshot).unwrap().to_string();
+            made(&schedule, &snapshot.spec.vm_name, &time, Phase::Ready)
+        }));
+    }
+    assert_eq!(snapshots.len(), 5 * 24);
+    for name in names {
+        let taken = snapshots.iter().filter(|snapshot| snapshot.spec.vm_name == name).count();
+        assert!(taken >= 2, "{name} has {taken} of 5");
+    }
+}
+
 fn condition(status: &VMSnapshotScheduleStatus, type_: &str) -> String {
     find(&status.conditions, type_).map_or(String::new(), |found| format!("{} {}", found.status, found.reason))
 }
