@@ -292,3 +292,23 @@ async fn a_refusal_that_stays_is_told_once() {
     let writes = cluster.state().calls.iter().filter(|call| call.ends_with("/status")).count();
     assert_eq!(writes, 1, "{:#?}", cluster.state().calls);
 }
+
+#[tokio::test]
+async fn a_node_whose_clock_is_wrong_loses_no_new_snapshot_to_retention() {
+    for wrong in ["2025-06-01T00:00:00.000000Z", "2027-06-01T00:00:00.000000Z"] {
+        let spec = json!({"schedule": "@hourly", "keep": {"last": 2}});
+        let mut cluster = Cluster::new("2026-01-01T00:30:00Z", &spec, vec![vm("a")]);
+        cluster.run_until("2026-01-01T03:30:00Z").await;
+        for hour in 4..6 {
+            cluster.settle_at(&format!("2026-01-01T{hour:02}:00:00Z")).await;
+            cluster.take_all(|_| good());
+            for snapshot in cluster.state().snapshots.values_mut() {
+                if snapshot["status"]["creationTime"].as_str() >= Some("2026-01-01T04") {
+                    snapshot["status"]["creationTime"] = json!(wrong);
+                }
+            }
+            cluster.settle().await;
+        }
+        assert_eq!(cluster.names(), ["s-a-20260101t040000z", "s-a-20260101t050000z"], "{wrong}");
+    }
+}
