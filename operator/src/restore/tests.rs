@@ -192,6 +192,29 @@ fn a_restore_waits_for_what_may_still_come_and_fails_for_what_cannot() {
     }
 }
 
+/// Deleted while it is held, as its controller shows it.
+fn held() -> VMSnapshot {
+    let mut held = ready_snapshot().phase(Phase::Deleting).deleted();
+    held.spec.hold = true;
+    held.status.as_mut().unwrap().ready_to_use = true;
+    held
+}
+
+#[test]
+fn a_snapshot_that_was_deleted_and_is_held_can_be_restored_until_its_data_goes() {
+    let mut starts = observed(in_place());
+    starts.snapshot = Some(held());
+    assert!(made(&plan(&starts, at(200))).is_some());
+    let mut goes_on = at_step(starts.clone(), RestoreStep::Stop, Some(RestoreContentPhase::Stopped));
+    let kept = reported(&snapshot("undo-before"), ContentPhase::Ready, reasons::COMPLETED);
+    goes_on.before = Some((before(&goes_on, Phase::Ready), Some(kept)));
+    assert!(plan(&goes_on, at(200)).iter().any(|action| matches!(action, Action::SetStep { .. })));
+
+    starts.source.as_mut().unwrap().metadata.deletion_timestamp = Some(Time(at(150)));
+    let refused = plan(&starts, at(200));
+    assert_eq!((made(&refused), reason(told(&refused))), (None, reasons::SNAPSHOT_NOT_READY));
+}
+
 #[test]
 fn the_state_of_before_is_kept_once_the_vm_is_at_rest() {
     let observed = at_step(observed(in_place()), RestoreStep::Stop, Some(RestoreContentPhase::Stopped));

@@ -180,17 +180,20 @@ fn reason_to_wait(run: &Run, observed: &Observed) -> Option<String> {
     }
 }
 
-/// Has each snapshot say, as the policy wants it, whether it goes with the schedule. Snapshots outlive changes of it.
+/// Has each snapshot say, as the policy wants it, whether it goes with the schedule. Snapshots outlive changes of it. One
+/// that is held has no owner: a deletion that only the hold keeps from its end can't be taken back.
 fn ownership(observed: &Observed) -> Vec<Action> {
     let owner = made::owner(&observed.schedule);
-    let wanted = observed.schedule.spec.deletion_policy == ScheduleDeletionPolicy::Delete;
+    let delete = observed.schedule.spec.deletion_policy == ScheduleDeletionPolicy::Delete;
+    let wanted = |snapshot: &VMSnapshot| delete && !snapshot.spec.hold;
     let alive = observed.snapshots.iter().filter(|snapshot| snapshot.metadata.deletion_timestamp.is_none());
-    let wrong = alive.filter(|snapshot| wanted != snapshot.owner_references().iter().any(|has| has.uid == owner.uid));
+    let wrong =
+        alive.filter(|snapshot| wanted(snapshot) != snapshot.owner_references().iter().any(|has| has.uid == owner.uid));
     wrong
         .map(|snapshot| {
             let mut owners = snapshot.owner_references().to_vec();
             owners.retain(|has| has.uid != owner.uid);
-            owners.extend(wanted.then(|| owner.clone()));
+            owners.extend(wanted(snapshot).then(|| owner.clone()));
             Action::SetOwners(Box::new(snapshot.clone()), owners)
         })
         .collect()

@@ -327,6 +327,23 @@ fn a_snapshot_is_good_by_the_level_that_it_had_to_have_itself() {
 }
 
 #[test]
+fn one_that_is_held_does_not_go_with_its_schedule() {
+    let schedule = schedule(&json!({"deletionPolicy": "Delete"}));
+    let owners = |hold: bool, owned: bool| {
+        let mut snapshot = made(&schedule, "a", "2026-01-01T01:00:00Z", Phase::Ready);
+        snapshot.spec.hold = hold;
+        snapshot.metadata.owner_references = owned.then(|| vec![made::owner(&schedule)]);
+        let plan = plan(&observed(&schedule, &["a"], vec![snapshot]), at("2026-01-01T01:30:00Z"));
+        plan.actions.into_iter().find_map(|action| match action {
+            Action::SetOwners(_, owners) => Some(owners.len()),
+            _ => None,
+        })
+    };
+    let changes = [(true, true), (true, false), (false, false), (false, true)].map(|(hold, owned)| owners(hold, owned));
+    assert_eq!(changes, [Some(0), None, Some(1), None]);
+}
+
+#[test]
 fn a_schedule_that_is_being_deleted_does_nothing_more() {
     let mut schedule = schedule(&json!({"keep": {"last": 1}}));
     let now = at("2026-01-01T05:00:00Z");
