@@ -76,16 +76,29 @@ fn leave_settled(restore: &VMRestore, content: Option<&VMRestoreContent>, now: T
     actions
 }
 
+/// Its content was deleted though the restore wasn't. A node whose disks are changing hands finishes that all the same, so
+/// what came of it is known only when the node is done.
 fn lost(restore: &VMRestore, content: &VMRestoreContent, now: Timestamp) -> Vec<Action> {
-    let message = format!("Content {} was deleted though its restore wasn't.", content.name_any());
-    let mut actions = fail(restore, reasons::CONTENT_LOST, message, now);
+    let phase = content.status.as_ref().and_then(|status| status.phase);
+    let mut actions: Vec<Action> = if !is_removed(content) {
+        let phase = restore.status.as_ref().map_or(RestorePhase::Pending, |status| status.phase);
+        write(restore, Verdict::UnderWay { content, phase }, now).into_iter().collect()
+    } else if phase == Some(RestoreContentPhase::Succeeded) {
+        write(restore, Verdict::Succeeded(content), now).into_iter().collect()
+    } else {
+        let message = format!("Content {} was deleted though its restore wasn't.", content.name_any());
+        fail(restore, reasons::CONTENT_LOST, message, now)
+    };
     actions.extend(let_go(content));
     actions
 }
 
+fn is_removed(content: &VMRestoreContent) -> bool {
+    content.status.as_ref().is_some_and(|status| is_true(&status.conditions, types::REMOVED))
+}
+
 fn let_go(content: &VMRestoreContent) -> Option<Action> {
-    let removed = content.status.as_ref().is_some_and(|status| is_true(&status.conditions, types::REMOVED));
-    (removed && !content.finalizers().is_empty()).then(|| Action::LetContentGo(Box::new(content.clone())))
+    (is_removed(content) && !content.finalizers().is_empty()).then(|| Action::LetContentGo(Box::new(content.clone())))
 }
 
 /// There is no work order: either one can be given, or something is missing.

@@ -6,7 +6,7 @@ use freezeframe_api::v1alpha1::{
     ContentPhase, Phase, RestoreContentPhase, RestorePhase, RestoreStep, VMRestore, VMRestoreContent, VMRestoreStatus,
     VMSnapshot,
 };
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use serde_json::{Value, json};
 
 use super::observe::Observed;
@@ -339,6 +339,13 @@ fn a_settled_restore_writes_nothing_and_gives_up_a_node_that_waits() {
     assert!(matches!(given_up[..], [Action::DeleteContent(_)]), "{given_up:?}");
 }
 
+fn removed() -> Vec<Condition> {
+    let removed = json!([{
+        "type": "Removed", "status": "True", "reason": "Deleted", "message": "", "lastTransitionTime": Time(at(170)),
+    }]);
+    serde_json::from_value(removed).unwrap()
+}
+
 #[test]
 fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
     let mut observed = at_step(observed(in_place()), RestoreStep::Restore, None);
@@ -348,14 +355,34 @@ fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
 
     let content = observed.content.as_mut().unwrap();
     content.metadata.deletion_timestamp = Some(Time(at(160)));
-    let removed = json!([{
-        "type": "Removed", "status": "True", "reason": "Deleted", "message": "", "lastTransitionTime": Time(at(170)),
-    }]);
-    content.status.as_mut().unwrap().conditions = serde_json::from_value(removed).unwrap();
+    content.status.as_mut().unwrap().conditions = removed();
     assert!(plan(&observed, at(200)).iter().any(|action| matches!(action, Action::LetContentGo(_))));
 
     observed.content = None;
     assert_eq!(plan(&observed, at(200)), [Action::RemoveFinalizer]);
+}
+
+#[test]
+fn what_becomes_of_a_restore_whose_content_was_deleted_is_told_once_its_node_is_done() {
+    for (last, expected) in [
+        (RestoreContentPhase::Succeeded, (RestorePhase::Succeeded, reasons::COMPLETED)),
+        (RestoreContentPhase::Failed, (RestorePhase::Failed, reasons::CONTENT_LOST)),
+        (RestoreContentPhase::Restoring, (RestorePhase::Failed, reasons::CONTENT_LOST)),
+    ] {
+        let mut observed = at_step(observed(in_place()), RestoreStep::Restore, Some(RestoreContentPhase::Restoring));
+        observed.restore.status.get_or_insert_default().phase = RestorePhase::Restoring;
+        let content = observed.content.as_mut().unwrap();
+        content.metadata.deletion_timestamp = Some(Time(at(160)));
+        let actions = plan(&observed, at(170));
+        let [Action::WriteStatus(status)] = &actions[..] else { panic!("{actions:?}") };
+        assert_eq!((status.phase, stalled(status)), (RestorePhase::Restoring, false));
+
+        let status = observed.content.as_mut().unwrap().status.as_mut().unwrap();
+        (status.phase, status.conditions) = (Some(last), removed());
+        let actions = plan(&observed, at(200));
+        let [Action::WriteStatus(status), Action::LetContentGo(_)] = &actions[..] else { panic!("{actions:?}") };
+        assert_eq!((status.phase, reason(status)), expected);
+    }
 }
 
 #[test]
