@@ -29,7 +29,11 @@ async fn main() -> Result<()> {
     let (metrics, readiness, mut registry) = (Metrics::default(), Readiness::default(), Registry::default());
     metrics.register(&mut registry);
     registry.register_collector(Box::new(PhaseGauge(caches.snapshots.clone())));
-    registry.register_collector(Box::new(ScheduleGauges(caches.schedules.clone(), Clock::default())));
+    registry.register_collector(Box::new(ScheduleGauges {
+        schedules: caches.schedules.clone(),
+        targets: caches.targets.clone(),
+        clock: Clock::default(),
+    }));
     let reachable = readiness.gate("cluster");
     let server = AdminServer::bind(args.metrics_addr, Arc::new(registry), readiness.clone()).await?;
     let serving = tokio::spawn(server.serve(shutdown.token()));

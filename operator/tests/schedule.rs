@@ -257,3 +257,58 @@ async fn snapshots_are_owned_by_their_schedule_as_its_policy_says_whenever_it_sa
         assert_eq!(owner(&cluster), expected, "{policy}");
     }
 }
+
+#[tokio::test]
+async fn while_creations_are_refused_retention_goes_on_and_the_status_says_so() {
+    let mut cluster = Cluster::new("2026-01-01T00:30:00Z", &json!({"schedule": "@hourly"}), vec![vm("a"), vm("b")]);
+    cluster.run_until("2026-01-01T03:30:00Z").await;
+    cluster.state().schedule["spec"]["keep"] = json!({"last": 1});
+    cluster.state().quota = 6;
+    cluster.state().now = at("2026-01-01T04:00:00Z");
+    cluster.refresh();
+    assert_eq!(cluster.look().await.unwrap_err().kind(), ErrorKind::Refused);
+    assert_eq!(cluster.names(), ["s-a-20260101t030000z", "s-b-20260101t030000z"]);
+    let status = cluster.schedule().status.unwrap();
+    assert_eq!(status.vms[1].last_schedule_time.as_ref().unwrap().0, at("2026-01-01T03:00:00Z"));
+    assert!(status.vms[1].message.as_ref().unwrap().contains("creating a snapshot"), "{:?}", status.vms);
+    assert_eq!(status.active_count, 0);
+    let protected = status.conditions.iter().find(|condition| condition.type_ == "Protected").unwrap();
+    assert_eq!((protected.status.as_str(), protected.reason.as_str()), ("False", "SnapshotFailed"));
+
+    cluster.settle().await;
+    assert!(cluster.names().contains(&"s-b-20260101t040000z".to_owned()), "{:?}", cluster.names());
+    assert_eq!(cluster.schedule().status.unwrap().vms[1].message, None);
+}
+
+#[tokio::test]
+async fn a_refusal_that_stays_is_told_once() {
+    let mut cluster = Cluster::new("2026-01-01T00:30:00Z", &json!({"schedule": "@hourly"}), vec![vm("a")]);
+    cluster.state().quota = 0;
+    for now in ["2026-01-01T01:00:00Z", "2026-01-01T01:00:05Z", "2026-01-01T01:00:15Z"] {
+        cluster.state().now = at(now);
+        cluster.refresh();
+        assert!(cluster.look().await.is_err());
+    }
+    let writes = cluster.state().calls.iter().filter(|call| call.ends_with("/status")).count();
+    assert_eq!(writes, 1, "{:#?}", cluster.state().calls);
+}
+
+#[tokio::test]
+async fn a_node_whose_clock_is_wrong_loses_no_new_snapshot_to_retention() {
+    for wrong in ["2025-06-01T00:00:00.000000Z", "2027-06-01T00:00:00.000000Z"] {
+        let spec = json!({"schedule": "@hourly", "keep": {"last": 2}});
+        let mut cluster = Cluster::new("2026-01-01T00:30:00Z", &spec, vec![vm("a")]);
+        cluster.run_until("2026-01-01T03:30:00Z").await;
+        for hour in 4..6 {
+            cluster.settle_at(&format!("2026-01-01T{hour:02}:00:00Z")).await;
+            cluster.take_all(|_| good());
+            for snapshot in cluster.state().snapshots.values_mut() {
+                if snapshot["status"]["creationTime"].as_str() >= Some("2026-01-01T04") {
+                    snapshot["status"]["creationTime"] = json!(wrong);
+                }
+            }
+            cluster.settle().await;
+        }
+        assert_eq!(cluster.names(), ["s-a-20260101t040000z", "s-a-20260101t050000z"], "{wrong}");
+    }
+}

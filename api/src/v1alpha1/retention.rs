@@ -39,13 +39,15 @@ pub struct Keep {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10000))]
     pub yearly: Option<i32>,
-    /// All that are younger than this, counted back from the latest one and not from today: years, months, weeks, days,
-    /// hours and minutes in this order, such as `1y`, `1mo2w`, `7d` or `36h`. Set by the user.
+    /// All that are younger than this, counted back from the latest one and not from today. As restic writes it: years `y`,
+    /// months `m`, days `d` and hours `h`, in this order, such as `1y`, `6m`, `2y5m7d3h` or `36h`; `m` is never minutes. Set
+    /// by the user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(min = 2, max = 32),
-        regex(pattern = r"^([0-9]{1,3}y)?([0-9]{1,4}mo)?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,6}m)?$")
+        regex(pattern = r"^([0-9]{1,3}y)?([0-9]{1,4}m)?([0-9]{1,5}d)?([0-9]{1,6}h)?$")
     )]
+    #[x_kube(validation = Rule::new("self.matches('[1-9]')").message("within must be longer than nothing"))]
     pub within: Option<String>,
 }
 

@@ -41,9 +41,14 @@ pub struct TargetSelector {
 pub struct SnapshotTemplate {
     /// Labels of each snapshot, beside those that the operator gives it. Set by the user.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 63}))]
-    #[x_kube(validation = Rule::new("self.all(key, !key.startsWith('freezeframe.dev/'))")
-        .message("labels of freezeframe.dev are the operator's"))]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {
+        "type": "string", "maxLength": 63, "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"}))]
+    #[x_kube(
+        validation = Rule::new("self.all(key, !key.startsWith('freezeframe.dev/'))")
+            .message("labels of freezeframe.dev are the operator's"),
+        validation = Rule::new("self.all(key, size(key) <= 317 && key.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))")
+            .message("a label's key is [prefix/]name, as Kubernetes has it")
+    )]
     pub labels: BTreeMap<String, String>,
     /// The VMSnapshotClass. Set by the user; the default class when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

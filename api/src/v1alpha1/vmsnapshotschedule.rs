@@ -25,7 +25,7 @@ pub enum ScheduleDeletionPolicy {
     #[default]
     Orphan,
     /// They are deleted with it, by Kubernetes' garbage collector: the schedule is their owner. One with `hold: true`
-    /// stays until the hold is taken back.
+    /// has no owner while it has that, and stays.
     Delete,
 }
 

@@ -76,16 +76,29 @@ fn leave_settled(restore: &VMRestore, content: Option<&VMRestoreContent>, now: T
     actions
 }
 
+/// Its content was deleted though the restore wasn't. A node whose disks are changing hands finishes that all the same, so
+/// what came of it is known only when the node is done.
 fn lost(restore: &VMRestore, content: &VMRestoreContent, now: Timestamp) -> Vec<Action> {
-    let message = format!("Content {} was deleted though its restore wasn't.", content.name_any());
-    let mut actions = fail(restore, reasons::CONTENT_LOST, message, now);
+    let phase = content.status.as_ref().and_then(|status| status.phase);
+    let mut actions: Vec<Action> = if !is_removed(content) {
+        let phase = restore.status.as_ref().map_or(RestorePhase::Pending, |status| status.phase);
+        write(restore, Verdict::UnderWay { content, phase }, now).into_iter().collect()
+    } else if phase == Some(RestoreContentPhase::Succeeded) {
+        write(restore, Verdict::Succeeded(content), now).into_iter().collect()
+    } else {
+        let message = format!("Content {} was deleted though its restore wasn't.", content.name_any());
+        fail(restore, reasons::CONTENT_LOST, message, now)
+    };
     actions.extend(let_go(content));
     actions
 }
 
+fn is_removed(content: &VMRestoreContent) -> bool {
+    content.status.as_ref().is_some_and(|status| is_true(&status.conditions, types::REMOVED))
+}
+
 fn let_go(content: &VMRestoreContent) -> Option<Action> {
-    let removed = content.status.as_ref().is_some_and(|status| is_true(&status.conditions, types::REMOVED));
-    (removed && !content.finalizers().is_empty()).then(|| Action::LetContentGo(Box::new(content.clone())))
+    (is_removed(content) && !content.finalizers().is_empty()).then(|| Action::LetContentGo(Box::new(content.clone())))
 }
 
 /// There is no work order: either one can be given, or something is missing.
@@ -145,13 +158,13 @@ fn ready_to_start(observed: &Observed) -> Result<&VMSnapshotContent, Obstacle> {
         return Err(Obstacle::Fatal(reasons::INVALID_PARAMETER, message));
     }
     match (snapshot.status.as_ref().map(|status| status.phase), &observed.source) {
-        _ if snapshot.metadata.deletion_timestamp.is_some() => {
+        _ if !stays(snapshot, observed.source.as_ref()) => {
             Err(Obstacle::Fatal(reasons::SNAPSHOT_NOT_READY, format!("VMSnapshot {name} is being deleted.")))
         }
         (Some(Phase::Failed), _) => {
             Err(Obstacle::Fatal(reasons::SNAPSHOT_NOT_READY, format!("VMSnapshot {name} failed.")))
         }
-        (Some(Phase::Ready), Some(source)) => match &observed.ahead {
+        (Some(Phase::Ready | Phase::Deleting), Some(source)) if is_ready(snapshot) => match &observed.ahead {
             None => Ok(source),
             Some(other) => Err(Obstacle::Waits(reasons::QUEUED, format!("Restore {other} of the same VM goes first."))),
         },
@@ -247,12 +260,19 @@ fn keep_before(observed: &Observed, content: &VMRestoreContent, now: Timestamp) 
 
 /// Whether the snapshot of the work order is still there to be brought back.
 fn source_stays(observed: &Observed, content: &VMRestoreContent) -> bool {
-    let stays = |metadata: &ObjectMeta| metadata.deletion_timestamp.is_none();
-    observed.snapshot.as_ref().is_some_and(|snapshot| stays(&snapshot.metadata))
-        && observed
-            .source
-            .as_ref()
-            .is_some_and(|source| order::reference(source) == content.spec.source && stays(&source.metadata))
+    let Some(source) = &observed.source else { return false };
+    order::reference(source) == content.spec.source
+        && observed.snapshot.as_ref().is_some_and(|snapshot| stays(snapshot, Some(source)))
+}
+
+/// Whether nobody takes the snapshot's data away. One that was deleted while it is held has all of it.
+fn stays(snapshot: &VMSnapshot, source: Option<&VMSnapshotContent>) -> bool {
+    let is_going = |metadata: &ObjectMeta| metadata.deletion_timestamp.is_some();
+    (!is_going(&snapshot.metadata) || snapshot.spec.hold) && source.is_none_or(|source| !is_going(&source.metadata))
+}
+
+fn is_ready(snapshot: &VMSnapshot) -> bool {
+    snapshot.status.as_ref().is_some_and(|status| status.phase == Phase::Ready || status.ready_to_use)
 }
 
 fn set_step(content: &VMRestoreContent, step: RestoreStep, before: Option<SnapshotContentRef>) -> Action {

@@ -6,7 +6,7 @@ use freezeframe_api::v1alpha1::{
     ContentPhase, Phase, RestoreContentPhase, RestorePhase, RestoreStep, VMRestore, VMRestoreContent, VMRestoreStatus,
     VMSnapshot,
 };
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use serde_json::{Value, json};
 
 use super::observe::Observed;
@@ -192,6 +192,29 @@ fn a_restore_waits_for_what_may_still_come_and_fails_for_what_cannot() {
     }
 }
 
+/// Deleted while it is held, as its controller shows it.
+fn held() -> VMSnapshot {
+    let mut held = ready_snapshot().phase(Phase::Deleting).deleted();
+    held.spec.hold = true;
+    held.status.as_mut().unwrap().ready_to_use = true;
+    held
+}
+
+#[test]
+fn a_snapshot_that_was_deleted_and_is_held_can_be_restored_until_its_data_goes() {
+    let mut starts = observed(in_place());
+    starts.snapshot = Some(held());
+    assert!(made(&plan(&starts, at(200))).is_some());
+    let mut goes_on = at_step(starts.clone(), RestoreStep::Stop, Some(RestoreContentPhase::Stopped));
+    let kept = reported(&snapshot("undo-before"), ContentPhase::Ready, reasons::COMPLETED);
+    goes_on.before = Some((before(&goes_on, Phase::Ready), Some(kept)));
+    assert!(plan(&goes_on, at(200)).iter().any(|action| matches!(action, Action::SetStep { .. })));
+
+    starts.source.as_mut().unwrap().metadata.deletion_timestamp = Some(Time(at(150)));
+    let refused = plan(&starts, at(200));
+    assert_eq!((made(&refused), reason(told(&refused))), (None, reasons::SNAPSHOT_NOT_READY));
+}
+
 #[test]
 fn the_state_of_before_is_kept_once_the_vm_is_at_rest() {
     let observed = at_step(observed(in_place()), RestoreStep::Stop, Some(RestoreContentPhase::Stopped));
@@ -316,6 +339,13 @@ fn a_settled_restore_writes_nothing_and_gives_up_a_node_that_waits() {
     assert!(matches!(given_up[..], [Action::DeleteContent(_)]), "{given_up:?}");
 }
 
+fn removed() -> Vec<Condition> {
+    let removed = json!([{
+        "type": "Removed", "status": "True", "reason": "Deleted", "message": "", "lastTransitionTime": Time(at(170)),
+    }]);
+    serde_json::from_value(removed).unwrap()
+}
+
 #[test]
 fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
     let mut observed = at_step(observed(in_place()), RestoreStep::Restore, None);
@@ -325,14 +355,34 @@ fn a_deleted_restore_goes_when_its_node_has_taken_back_what_was_unfinished() {
 
     let content = observed.content.as_mut().unwrap();
     content.metadata.deletion_timestamp = Some(Time(at(160)));
-    let removed = json!([{
-        "type": "Removed", "status": "True", "reason": "Deleted", "message": "", "lastTransitionTime": Time(at(170)),
-    }]);
-    content.status.as_mut().unwrap().conditions = serde_json::from_value(removed).unwrap();
+    content.status.as_mut().unwrap().conditions = removed();
     assert!(plan(&observed, at(200)).iter().any(|action| matches!(action, Action::LetContentGo(_))));
 
     observed.content = None;
     assert_eq!(plan(&observed, at(200)), [Action::RemoveFinalizer]);
+}
+
+#[test]
+fn what_becomes_of_a_restore_whose_content_was_deleted_is_told_once_its_node_is_done() {
+    for (last, expected) in [
+        (RestoreContentPhase::Succeeded, (RestorePhase::Succeeded, reasons::COMPLETED)),
+        (RestoreContentPhase::Failed, (RestorePhase::Failed, reasons::CONTENT_LOST)),
+        (RestoreContentPhase::Restoring, (RestorePhase::Failed, reasons::CONTENT_LOST)),
+    ] {
+        let mut observed = at_step(observed(in_place()), RestoreStep::Restore, Some(RestoreContentPhase::Restoring));
+        observed.restore.status.get_or_insert_default().phase = RestorePhase::Restoring;
+        let content = observed.content.as_mut().unwrap();
+        content.metadata.deletion_timestamp = Some(Time(at(160)));
+        let actions = plan(&observed, at(170));
+        let [Action::WriteStatus(status)] = &actions[..] else { panic!("{actions:?}") };
+        assert_eq!((status.phase, stalled(status)), (RestorePhase::Restoring, false));
+
+        let status = observed.content.as_mut().unwrap().status.as_mut().unwrap();
+        (status.phase, status.conditions) = (Some(last), removed());
+        let actions = plan(&observed, at(200));
+        let [Action::WriteStatus(status), Action::LetContentGo(_)] = &actions[..] else { panic!("{actions:?}") };
+        assert_eq!((status.phase, reason(status)), expected);
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Carries a plan out. The only step that writes, with `prune`.
 
+use std::collections::BTreeMap;
+
 use freezeframe_api::OPERATOR_MANAGER;
 use freezeframe_api::v1alpha1::{VMSnapshot, VMSnapshotSchedule, VMSnapshotScheduleStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -10,24 +12,75 @@ use tracing::{info, warn};
 
 use super::observe::Observed;
 use super::plan::Action;
-use super::{made, prune};
+use super::{made, prune, status};
 use crate::context::Context;
-use crate::error::{Error, bounded, unless_gone};
+use crate::error::{Error, ErrorKind, bounded, unless_gone};
 use crate::events;
 
 /// Does what was planned, in order. Each write may be repeated: a reconcile that broke off begins from the top.
+///
+/// What the server won't do for one snapshot keeps nothing else from being done: retention may be what makes room under a
+/// quota. It is told in the status, and the first such error is returned at the end.
 pub async fn apply(observed: &Observed, actions: Vec<Action>, ctx: &Context) -> Result<(), Error> {
     let schedule = &*observed.schedule;
+    let mut refusals = Refusals::default();
     for action in actions {
         match action {
-            Action::Replace(snapshot) => delete(ctx, &snapshot).await?,
-            Action::Create(snapshot) => create(ctx, schedule, *snapshot).await?,
-            Action::SetOwners(snapshot, owners) => set_owners(ctx, &snapshot, &owners).await?,
-            Action::WriteStatus(status) => write_status(ctx, schedule, &status).await?,
+            Action::Replace(snapshot) => refusals.note(&snapshot, delete(ctx, &snapshot).await)?,
+            Action::Create(snapshot) if refusals.concern(&snapshot) => {} // The one that it replaces is still there.
+            Action::Create(snapshot) => refusals.note(&snapshot, create(ctx, schedule, &snapshot).await)?,
+            Action::SetOwners(snapshot, owners) => refusals.keep(set_owners(ctx, &snapshot, &owners).await)?,
+            Action::WriteStatus(mut status) => {
+                status::not_taken(&mut status, schedule, &refusals.of_vms, ctx.clock.now());
+                if schedule.status.as_ref() != Some(&*status) {
+                    write_status(ctx, schedule, &status).await?;
+                }
+            }
             Action::Prune(names) => prune::prune(ctx, schedule, &names).await?,
         }
     }
-    Ok(())
+    refusals.first.map_or(Ok(()), Err)
+}
+
+/// What the server wouldn't do for single snapshots.
+#[derive(Default)]
+struct Refusals {
+    first: Option<Error>,
+    /// For which VMs no snapshot was made, and why.
+    of_vms: BTreeMap<String, String>,
+}
+
+impl Refusals {
+    fn concern(&self, snapshot: &VMSnapshot) -> bool {
+        self.of_vms.contains_key(&snapshot.spec.vm_name)
+    }
+
+    fn note(&mut self, snapshot: &VMSnapshot, result: Result<(), Error>) -> Result<(), Error> {
+        if let Err(error) = &result {
+            self.of_vms.entry(snapshot.spec.vm_name.clone()).or_insert_with(|| whole(error));
+        }
+        self.keep(result)
+    }
+
+    /// A server that isn't there won't be there for the next snapshot either.
+    fn keep(&mut self, result: Result<(), Error>) -> Result<(), Error> {
+        match result {
+            Err(error) if error.kind() == ErrorKind::Unavailable => Err(error),
+            Err(error) => {
+                self.first.get_or_insert(error);
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+/// What we were doing, and what the server said to it.
+fn whole(error: &Error) -> String {
+    match error {
+        Error::Api { doing, source: kube::Error::Api(status) } => format!("{doing}: {}", status.message),
+        other => other.to_string(),
+    }
 }
 
 /// Deletes the very version of a snapshot that was judged: one that was held, say, a moment ago is another.
@@ -41,11 +94,12 @@ pub async fn delete(ctx: &Context, snapshot: &VMSnapshot) -> Result<(), Error> {
 }
 
 /// A plain creation: where the snapshot is there already, another operator or an earlier try has made it.
-async fn create(ctx: &Context, schedule: &VMSnapshotSchedule, mut snapshot: VMSnapshot) -> Result<(), Error> {
-    if create_or_find(ctx, schedule, &snapshot).await? {
+async fn create(ctx: &Context, schedule: &VMSnapshotSchedule, snapshot: &VMSnapshot) -> Result<(), Error> {
+    if create_or_find(ctx, schedule, snapshot).await? {
         return Ok(());
     }
-    let time = made::time_of(&snapshot).unwrap_or_default();
+    let time = made::time_of(snapshot).unwrap_or_default();
+    let mut snapshot = snapshot.clone();
     snapshot.metadata.name = Some(made::summed_name(&schedule.name_any(), &snapshot.spec.vm_name, time));
     if !create_or_find(ctx, schedule, &snapshot).await? {
         warn!(snapshot = snapshot.name_any(), "somebody else's snapshot has this name; none is taken for this time");

@@ -1,6 +1,7 @@
 //! What retention makes of all the snapshots of a schedule, by the rules of [`super::keep`]. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{Phase, VMSnapshot};
 use k8s_openapi::jiff::Timestamp;
@@ -59,14 +60,26 @@ pub fn judgements(observed: &Observed, timing: &Timing, next: Timestamp, now: Ti
 
 fn candidate(snapshot: &VMSnapshot, observed: &Observed) -> Option<Candidate> {
     let worth = worth(snapshot).filter(|_| snapshot.metadata.deletion_timestamp.is_none())?;
-    let cut = snapshot.status.as_ref().and_then(|status| status.creation_time.as_ref()).map(|time| time.0);
-    let created = || snapshot.creation_timestamp().map_or(Timestamp::UNIX_EPOCH, |time| time.0);
     Some(Candidate {
         name: snapshot.name_any(),
-        time: cut.unwrap_or_else(created),
+        time: time(snapshot),
         worth,
         protected: protection(snapshot, &observed.restored, &observed.classes),
     })
+}
+
+/// Its cut, no earlier and no later than the API server's clock allows: one that a node with a slow clock has dated back
+/// would be the oldest, and the first to go.
+fn time(snapshot: &VMSnapshot) -> Timestamp {
+    let created = snapshot.creation_timestamp().map(|time| time.0);
+    let cut = snapshot.status.as_ref().and_then(|status| status.creation_time.as_ref()).map(|time| time.0);
+    match (cut, created) {
+        (Some(cut), Some(created)) => {
+            let limit = Duration::from(snapshot.spec.failure_deadline);
+            cut.clamp(created, created.checked_add(limit).unwrap_or(Timestamp::MAX))
+        }
+        (cut, created) => cut.or(created).unwrap_or(Timestamp::UNIX_EPOCH),
+    }
 }
 
 /// Names of those that go.

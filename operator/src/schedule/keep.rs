@@ -155,7 +155,7 @@ fn counts(keep: &Keep) -> Vec<Count> {
 
 /// The API refuses rules that ask for nothing. Where they come by, nobody has asked to have everything removed.
 fn asks_for_something(keep: &Keep) -> bool {
-    keep.within.is_some() || counts(keep).iter().any(|count| count.wanted > 0)
+    reach(keep).is_some() || counts(keep).iter().any(|count| count.wanted > 0)
 }
 
 fn day(time: &Zoned) -> i64 {
@@ -182,10 +182,35 @@ impl Count {
 /// Counted from the latest one, so that no history goes while nothing new comes; but not from one whose clock was wrong. A
 /// span that can't be read or subtracted reaches back to the beginning.
 fn is_within(keep: &Keep, time: &Zoned, all: &[Zoned], now: Timestamp) -> bool {
-    let Some(within) = &keep.within else { return false };
+    let Some(reach) = reach(keep) else { return false };
     let latest = all.iter().find(|other| other.timestamp() <= now);
-    let start = latest.and_then(|latest| latest.checked_sub(within.parse::<Span>().ok()?).ok());
+    let start = latest.and_then(|latest| latest.checked_sub(reach?).ok());
     start.is_none_or(|start| *time > start)
+}
+
+/// How far back `within` reaches. None: it isn't asked for, be it by a span of nothing, which the API refuses; of one that
+/// can't be read nothing is known but that.
+fn reach(keep: &Keep) -> Option<Option<Span>> {
+    let reach = span(keep.within.as_deref()?);
+    (!reach.is_some_and(|span| span.is_zero())).then_some(reach)
+}
+
+/// restic's form: numbers of years, months, days and hours.
+fn span(text: &str) -> Option<Span> {
+    let mut span = Span::new();
+    for part in text.split_inclusive(|letter: char| !letter.is_ascii_digit()) {
+        let unit = part.chars().last()?;
+        let count: i64 = part.strip_suffix(unit)?.parse().ok()?; // As is said of one that can't be read.
+        span = match unit {
+            'y' => span.try_years(count),
+            'm' => span.try_months(count),
+            'd' => span.try_days(count),
+            'h' => span.try_hours(count),
+            _ => return None,
+        }
+        .ok()?;
+    }
+    Some(span)
 }
 
 #[cfg(test)]

@@ -48,8 +48,10 @@ pub struct Run {
     pub vm: Vm,
     /// The latest time for which there is, or was, a snapshot.
     pub mark: Option<Timestamp>,
-    /// The time that a snapshot is due for, and since when.
-    pub due: Option<(Timestamp, Timestamp)>,
+    /// The time that a snapshot is due for.
+    pub due: Option<Timestamp>,
+    /// Since when a snapshot has been due, be it for an earlier time.
+    pub waits_since: Option<Timestamp>,
     /// When the next one will be due.
     pub next: Option<Timestamp>,
     /// Its snapshots that are being taken.
@@ -110,7 +112,7 @@ fn run(vm: &Vm, observed: &Observed, timing: &Timing, now: Timestamp) -> Run {
     let told = told.filter(|told| told.name == vm.name).filter_map(|told| Some(told.last_schedule_time.as_ref()?.0));
     let mark = of_vm().filter_map(made::time_of).chain(told).filter(|mark| *mark <= now).max();
     let active = of_vm().filter(|snapshot| is_active(snapshot)).cloned().collect();
-    let mut run = Run { vm: vm.clone(), mark, due: None, next: None, active, message: None };
+    let mut run = Run { vm: vm.clone(), mark, due: None, waits_since: None, next: None, active, message: None };
     let Some((uid, vm_since)) = &vm.found else {
         run.message = Some(format!("There is no VMTarget {}.", vm.name));
         return run;
@@ -120,6 +122,7 @@ fn run(vm: &Vm, observed: &Observed, timing: &Timing, now: Timestamp) -> Run {
     let since = mark.unwrap_or(schedule_since.max(*vm_since));
     run.next = timing.next(now - delay).map(|next| next + delay);
     if let Some(time) = timing.last(now - delay).filter(|time| *time > since) {
+        run.waits_since = timing.next(since).map(|first| first + delay);
         judge_lateness(&mut run, &observed.schedule, time, time + delay, now);
     }
     run
@@ -130,20 +133,21 @@ fn judge_lateness(run: &mut Run, schedule: &VMSnapshotSchedule, time: Timestamp,
     if deadline.is_some_and(|deadline| now.duration_since(due) > deadline) {
         run.message = Some(format!("The snapshot of {time} was missed: it could not be started in time."));
     } else {
-        run.due = Some((time, due));
+        run.due = Some(time);
     }
 }
 
-/// Starts what is due, the one that waits longest first, as far as there is room.
+/// Starts what is due, the one that waits longest first, as far as there is room. Of those that wait equally long the one
+/// whose last snapshot is the oldest goes first, so that no VM is left behind by its name.
 fn start(runs: &mut [Run], observed: &Observed, actions: &mut Vec<Action>) {
     let schedule = &observed.schedule;
     let under_way = observed.snapshots.iter().filter(|snapshot| is_active(snapshot)).count();
     let limit = schedule.spec.max_concurrent.and_then(|limit| usize::try_from(limit).ok());
     let mut room = limit.map_or(usize::MAX, |limit| limit.saturating_sub(under_way));
     let mut due: Vec<&mut Run> = runs.iter_mut().filter(|run| run.due.is_some()).collect();
-    due.sort_by_key(|run| (run.due.map(|(_, since)| since), run.vm.name.clone()));
+    due.sort_by_key(|run| (run.waits_since, run.mark, run.vm.name.clone()));
     for run in due {
-        let Some((time, _)) = run.due else { continue };
+        let Some(time) = run.due else { continue };
         if !run.active.is_empty() {
             if let Some(message) = reason_to_wait(run, observed) {
                 run.message = Some(message);
@@ -176,17 +180,20 @@ fn reason_to_wait(run: &Run, observed: &Observed) -> Option<String> {
     }
 }
 
-/// Has each snapshot say, as the policy wants it, whether it goes with the schedule. Snapshots outlive changes of it.
+/// Has each snapshot say, as the policy wants it, whether it goes with the schedule. Snapshots outlive changes of it. One
+/// that is held has no owner: a deletion that only the hold keeps from its end can't be taken back.
 fn ownership(observed: &Observed) -> Vec<Action> {
     let owner = made::owner(&observed.schedule);
-    let wanted = observed.schedule.spec.deletion_policy == ScheduleDeletionPolicy::Delete;
+    let delete = observed.schedule.spec.deletion_policy == ScheduleDeletionPolicy::Delete;
+    let wanted = |snapshot: &VMSnapshot| delete && !snapshot.spec.hold;
     let alive = observed.snapshots.iter().filter(|snapshot| snapshot.metadata.deletion_timestamp.is_none());
-    let wrong = alive.filter(|snapshot| wanted != snapshot.owner_references().iter().any(|has| has.uid == owner.uid));
+    let wrong =
+        alive.filter(|snapshot| wanted(snapshot) != snapshot.owner_references().iter().any(|has| has.uid == owner.uid));
     wrong
         .map(|snapshot| {
             let mut owners = snapshot.owner_references().to_vec();
             owners.retain(|has| has.uid != owner.uid);
-            owners.extend(wanted.then(|| owner.clone()));
+            owners.extend(wanted(snapshot).then(|| owner.clone()));
             Action::SetOwners(Box::new(snapshot.clone()), owners)
         })
         .collect()

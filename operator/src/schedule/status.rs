@@ -77,6 +77,37 @@ pub fn stalled(schedule: &VMSnapshotSchedule, reason: &str, message: &str, now: 
     draft.status
 }
 
+/// Takes from a status what was planned for these VMs and couldn't be done, and says why. The time stays due.
+pub fn not_taken(
+    status: &mut VMSnapshotScheduleStatus,
+    schedule: &VMSnapshotSchedule,
+    whys: &BTreeMap<String, String>,
+    now: Timestamp,
+) {
+    if whys.is_empty() {
+        return;
+    }
+    let old = schedule.status.clone().unwrap_or_default();
+    for vm in &mut status.vms {
+        let Some(why) = whys.get(&vm.name) else { continue };
+        let before = old.vms.iter().find(|before| before.name == vm.name);
+        vm.last_schedule_time = before.and_then(|before| before.last_schedule_time.clone());
+        vm.active = before.map_or(vec![], |before| before.active.clone());
+        vm.message = Some(format!("No snapshot: {why}."));
+    }
+    status.active_count = count(status.vms.iter().map(|vm| vm.active.len()).sum());
+    let mut draft = Draft { status: std::mem::take(status), generation: schedule.metadata.generation, now };
+    // As it was before: what was planned may have said otherwise, at another time.
+    draft.status.conditions.retain(|condition| condition.type_ != types::PROTECTED);
+    draft.status.conditions.extend(conditions::find(&old.conditions, types::PROTECTED).cloned());
+    let names: Vec<&str> = whys.keys().map(String::as_str).collect();
+    let first = whys.values().next().map_or("", String::as_str);
+    let message = format!("No snapshot could be made of: {}. {first}.", some(&names));
+    draft.set(types::PROTECTED, false, reasons::SNAPSHOT_FAILED, message.clone());
+    draft.status.message = Some(message);
+    *status = draft.status;
+}
+
 fn scheduled_vm(run: &Run, judgements: &Judgements, stopped: Option<&Stopped>) -> ScheduledVM {
     ScheduledVM {
         name: run.vm.name.clone(),

@@ -185,6 +185,31 @@ fn no_more_than_the_limit_are_under_way_and_the_one_that_waits_longest_goes_firs
     assert_eq!(created(&room), ["s-a-20260101t020000z", "s-b-20260101t020000z"]);
 }
 
+#[test]
+fn where_there_is_never_room_for_all_each_vm_has_its_turn_at_every_second_time() {
+    let schedule = schedule(&json!({"maxConcurrent": 24}));
+    let names: Vec<String> = (0..40).map(|number| format!("vm-{number:02}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut snapshots: Vec<VMSnapshot> = vec![];
+    for hour in 1..=5 {
+        let now = at(&format!("2026-01-01T{hour:02}:00:00Z"));
+        let plan = plan(&observed(&schedule, &names, snapshots.clone()), now);
+        let created = plan.actions.into_iter().filter_map(|action| match action {
+            Action::Create(snapshot) => Some(*snapshot),
+            _ => None,
+        });
+        snapshots.extend(created.map(|snapshot| {
+            let time = made::time_of(&snapshot).unwrap().to_string();
+            made(&schedule, &snapshot.spec.vm_name, &time, Phase::Ready)
+        }));
+    }
+    assert_eq!(snapshots.len(), 5 * 24);
+    for name in names {
+        let taken = snapshots.iter().filter(|snapshot| snapshot.spec.vm_name == name).count();
+        assert!(taken >= 2, "{name} has {taken} of 5");
+    }
+}
+
 fn condition(status: &VMSnapshotScheduleStatus, type_: &str) -> String {
     find(&status.conditions, type_).map_or(String::new(), |found| format!("{} {}", found.status, found.reason))
 }
@@ -299,6 +324,23 @@ fn a_snapshot_is_good_by_the_level_that_it_had_to_have_itself() {
         let is_good = expected.starts_with("True");
         assert_eq!(status.vms[0].last_successful_time.is_some(), is_good, "{required} {proved:?}");
     }
+}
+
+#[test]
+fn one_that_is_held_does_not_go_with_its_schedule() {
+    let schedule = schedule(&json!({"deletionPolicy": "Delete"}));
+    let owners = |hold: bool, owned: bool| {
+        let mut snapshot = made(&schedule, "a", "2026-01-01T01:00:00Z", Phase::Ready);
+        snapshot.spec.hold = hold;
+        snapshot.metadata.owner_references = owned.then(|| vec![made::owner(&schedule)]);
+        let plan = plan(&observed(&schedule, &["a"], vec![snapshot]), at("2026-01-01T01:30:00Z"));
+        plan.actions.into_iter().find_map(|action| match action {
+            Action::SetOwners(_, owners) => Some(owners.len()),
+            _ => None,
+        })
+    };
+    let changes = [(true, true), (true, false), (false, false), (false, true)].map(|(hold, owned)| owners(hold, owned));
+    assert_eq!(changes, [Some(0), None, Some(1), None]);
 }
 
 #[test]

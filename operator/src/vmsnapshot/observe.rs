@@ -53,11 +53,12 @@ pub enum ClassState {
 /// Reads everything, from the caches where that is safe.
 pub async fn observe(snapshot: Arc<VMSnapshot>, ctx: &Context, now: Timestamp) -> Result<Observed, Error> {
     let caches = &ctx.caches;
+    let target = target(&snapshot, caches);
     Ok(Observed {
         content: content(&snapshot, ctx, now).await?,
-        target: target(&snapshot, caches),
         class: class(snapshot.spec.class_name.as_deref(), caches),
-        ahead: ahead(&snapshot, caches),
+        ahead: ahead(&snapshot, target.as_ref(), caches),
+        target,
         snapshot,
     })
 }
@@ -118,7 +119,7 @@ pub fn class(name: Option<&str>, caches: &Caches) -> ClassState {
     }
 }
 
-fn ahead(snapshot: &VMSnapshot, caches: &Caches) -> Option<String> {
+fn ahead(snapshot: &VMSnapshot, target: Option<&VMTarget>, caches: &Caches) -> Option<String> {
     let snapshots = caches.snapshots.state();
     let of_vm: Vec<_> = snapshots
         .iter()
@@ -135,5 +136,5 @@ fn ahead(snapshot: &VMSnapshot, caches: &Caches) -> Option<String> {
             content: content.as_deref().and_then(|content| content.0.as_ref().ok()),
         })
         .collect();
-    queue::ahead(snapshot, &entries).map(kube::ResourceExt::name_any)
+    queue::ahead(snapshot, &entries, target).map(kube::ResourceExt::name_any)
 }

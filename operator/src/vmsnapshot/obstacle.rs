@@ -2,8 +2,9 @@
 
 use freezeframe_api::PAUSED_ANNOTATION;
 use freezeframe_api::conditions::reasons;
-use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback, RunState, VMSnapshotClass, VMTargetStatus};
-
+use freezeframe_api::v1alpha1::{
+    ConsistencyLevel, Fallback, RunState, VMSnapshot, VMSnapshotClass, VMTarget, VMTargetStatus,
+};
 use kube::ResourceExt as _;
 
 use super::observe::{ClassState, Observed};
@@ -27,7 +28,7 @@ impl Obstacle {
 /// The class and the VM by which the work order can be given now.
 pub fn ready_to_start(observed: &Observed) -> Result<(&VMSnapshotClass, &VMTargetStatus), Obstacle> {
     let class = class_of(&observed.class)?;
-    let target = usable_target(observed)?;
+    let target = usable_target(&observed.snapshot, observed.target.as_ref())?;
     match &observed.ahead {
         None => Ok((class, target)),
         Some(other) => Err(Obstacle {
@@ -60,16 +61,17 @@ fn is_paused(class: &VMSnapshotClass) -> bool {
     class.annotations().get(PAUSED_ANNOTATION).is_some_and(|value| value == "true")
 }
 
-fn usable_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
-    let vm = &observed.snapshot.spec.vm_name;
-    let Some(target) = &observed.target else {
+/// The VM as its node has reported it, if the snapshot can be taken of it as it is.
+pub fn usable_target<'a>(snapshot: &VMSnapshot, target: Option<&'a VMTarget>) -> Result<&'a VMTargetStatus, Obstacle> {
+    let vm = &snapshot.spec.vm_name;
+    let Some(target) = target else {
         return Err(Obstacle::missing(reasons::VM_NOT_FOUND, format!("There is no VMTarget {vm} in this namespace.")));
     };
     let message = match target.status.as_ref() {
         None => format!("No node has reported on VM {vm} yet."),
         // Whether a paused VM can be taken depends on the level that is asked for: its node judges that.
         Some(status) if matches!(status.run_state, RunState::Running | RunState::Paused) => return Ok(status),
-        Some(status) if status.run_state == RunState::Stopped => match why_not_stopped(observed, status) {
+        Some(status) if status.run_state == RunState::Stopped => match why_not_stopped(snapshot, status) {
             None => return Ok(status),
             Some(why) => format!("VM {vm} doesn't run, {why}."),
         },
@@ -79,8 +81,8 @@ fn usable_target(observed: &Observed) -> Result<&VMTargetStatus, Obstacle> {
 }
 
 /// Why a stopped VM's disks can't be taken as they lie. It may be started before the deadline, so the snapshot waits.
-fn why_not_stopped(observed: &Observed, target: &VMTargetStatus) -> Option<&'static str> {
-    let wanted = &observed.snapshot.spec.consistency;
+fn why_not_stopped(snapshot: &VMSnapshot, target: &VMTargetStatus) -> Option<&'static str> {
+    let wanted = &snapshot.spec.consistency;
     if wanted.required != ConsistencyLevel::Crash && wanted.fallback != Fallback::Degrade {
         return Some(
             "and nothing in it can be frozen; required level Crash, or fallback Degrade, would take its disks",

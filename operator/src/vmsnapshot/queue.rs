@@ -1,11 +1,14 @@
 //! Who goes first among the snapshots of one VM. Pure.
 //!
 //! The node's agent serialises the sessions of a VM in any case. This queue gives them the order of creation and lets
-//! a user see what a snapshot waits for.
+//! a user see what a snapshot waits for. A node that the VM has left, dead or not, has no session with it any more; where
+//! VM and node come back, the node's work counts again, and its agent takes one after the other.
 
 use freezeframe_api::conditions::{find, reasons, types};
-use freezeframe_api::v1alpha1::{ContentPhase, Phase, VMSnapshot, VMSnapshotContent};
+use freezeframe_api::v1alpha1::{ContentPhase, Phase, VMSnapshot, VMSnapshotContent, VMTarget};
 use kube::ResourceExt as _;
+
+use super::obstacle::usable_target;
 
 /// One snapshot of a VM, with its content where there is one.
 #[derive(Clone, Copy, Debug)]
@@ -16,12 +19,13 @@ pub struct Entry<'a> {
     pub content: Option<&'a VMSnapshotContent>,
 }
 
-/// The snapshot just before `own` among those of `entries` that go first; `own` itself may be among them.
-pub fn ahead<'a>(own: &VMSnapshot, entries: &[Entry<'a>]) -> Option<&'a VMSnapshot> {
+/// The snapshot just before `own` among those of `entries` that go first; `own` itself may be among them. `target` is the
+/// VM, if it is known.
+pub fn ahead<'a>(own: &VMSnapshot, entries: &[Entry<'a>], target: Option<&VMTarget>) -> Option<&'a VMSnapshot> {
     entries
         .iter()
         .filter(|entry| entry.snapshot.uid() != own.uid() && same_vm(own, entry.snapshot))
-        .filter(|entry| in_session(entry) || waits_in_line(entry) && order(entry.snapshot) < order(own))
+        .filter(|entry| in_session(entry, target) || waits_in_line(entry, target) && order(entry.snapshot) < order(own))
         .map(|entry| entry.snapshot)
         .max_by_key(|snapshot| order(snapshot))
 }
@@ -44,18 +48,21 @@ pub fn keeps_nobody_waiting(snapshot: &VMSnapshot) -> bool {
     is_settled(snapshot) || snapshot.metadata.deletion_timestamp.is_some() || lacks_class(snapshot)
 }
 
-/// A node works for it. That of a deleted snapshot is still to be cancelled; what a settled one leaves behind is
+/// The VM's node works for it. That of a deleted snapshot is still to be cancelled; what a settled one leaves behind is
 /// merged by the node whenever the VM has time, and keeps nobody waiting.
-fn in_session(entry: &Entry<'_>) -> bool {
+fn in_session(entry: &Entry<'_>, target: Option<&VMTarget>) -> bool {
+    let node = target.and_then(|target| target.status.as_ref()).map(|status| &status.node_name);
     let unfinished = |content: &VMSnapshotContent| {
-        matches!(content.status.as_ref().and_then(|status| status.phase), None | Some(ContentPhase::Completing))
+        let phase = content.status.as_ref().and_then(|status| status.phase);
+        matches!(phase, None | Some(ContentPhase::Completing))
+            && node.is_none_or(|node| *node == content.spec.node_name)
     };
     !is_settled(entry.snapshot) && entry.content.is_some_and(unfinished)
 }
 
-/// It would start if it could.
-fn waits_in_line(entry: &Entry<'_>) -> bool {
-    entry.content.is_none() && !keeps_nobody_waiting(entry.snapshot)
+/// It would start if it were its turn. One that waits for the VM to run keeps none waiting that takes it stopped.
+fn waits_in_line(entry: &Entry<'_>, target: Option<&VMTarget>) -> bool {
+    entry.content.is_none() && !keeps_nobody_waiting(entry.snapshot) && usable_target(entry.snapshot, target).is_ok()
 }
 
 /// One without a class, or with one that is paused, can't start, and would block its followers until its deadline.

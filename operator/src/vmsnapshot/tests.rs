@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe_api::conditions::{condition, find, reasons, types};
+use freezeframe_api::names::NodeName;
 use freezeframe_api::v1alpha1::{
-    ContentPhase, DeletionPolicy, Phase, VMSnapshot, VMSnapshotContent, VMSnapshotStatus, VMTarget,
+    ConsistencyLevel, ContentPhase, DeletionPolicy, Phase, VMSnapshot, VMSnapshotContent, VMSnapshotStatus, VMTarget,
 };
 use serde_json::json;
 
@@ -104,11 +105,16 @@ fn a_snapshot_that_lacks_something_waits_until_its_deadline_and_says_for_what() 
     }
 }
 
-#[test]
-fn a_stopped_vm_is_taken_where_nothing_need_be_frozen_and_its_disks_are_known() {
+fn stopped_with_a_disk() -> VMTarget {
     let mut known = target("Stopped");
     let disk = json!([{"name": "vda", "format": "qcow2", "source": "/images/vda.qcow2", "sizeBytes": 1}]);
     known.status.as_mut().unwrap().disks = serde_json::from_value(disk).unwrap();
+    known
+}
+
+#[test]
+fn a_stopped_vm_is_taken_where_nothing_need_be_frozen_and_its_disks_are_known() {
+    let known = stopped_with_a_disk();
     for (consistency, target, served) in [
         (json!({"required": "Crash"}), &known, true),
         (json!({"required": "Filesystem", "fallback": "Degrade"}), &known, true),
@@ -401,7 +407,8 @@ fn a_removal_that_fails_is_shown_with_the_nodes_words() {
 fn snapshots_of_a_vm_go_by_age_and_then_by_uid() {
     let [old, twin, young] = [snapshot("a"), snapshot("b"), snapshot_created("c", at(5))];
     let entries = [&young, &old, &twin].map(|snapshot| Entry { snapshot, content: None });
-    let before = |own| ahead(own, &entries).map(|other| other.metadata.name.clone().unwrap());
+    let running = target("Running");
+    let before = |own| ahead(own, &entries, Some(&running)).map(|other| other.metadata.name.clone().unwrap());
     assert_eq!([before(&old), before(&twin), before(&young)], [None, Some("a".into()), Some("b".into())]);
 }
 
@@ -431,6 +438,42 @@ fn the_line_is_kept_by_those_alone_that_need_the_vm() {
     ];
     for (number, (other, content, blocks)) in rows.iter().enumerate() {
         let entries = [Entry { snapshot: other, content: *content }, Entry { snapshot: &young, content: None }];
-        assert_eq!(ahead(&young, &entries).is_some(), *blocks, "row {number}");
+        assert_eq!(ahead(&young, &entries, Some(&target("Running"))).is_some(), *blocks, "row {number}");
     }
+}
+
+#[test]
+fn a_node_that_the_vm_has_left_keeps_nobody_waiting() {
+    let young = snapshot_created("young", at(5));
+    let old = snapshot("old");
+    let (unasked, copying) = (content(&old), reported(&old, ContentPhase::Completing, reasons::IN_PROGRESS));
+    let rows = [
+        (old.clone().phase(Phase::Deleting).deleted(), &unasked),
+        (old.clone().phase(Phase::Completing), &copying),
+        (old.phase(Phase::Preparing), &unasked),
+    ];
+    for (other, content) in rows {
+        let entries = [Entry { snapshot: &other, content: Some(content) }];
+        let is_blocked_on = |node: &str| {
+            let mut target = target("Running");
+            target.status.as_mut().unwrap().node_name = NodeName(node.into());
+            ahead(&young, &entries, Some(&target)).is_some()
+        };
+        assert_eq!((is_blocked_on("node-a"), is_blocked_on("node-b")), (true, false), "{other:?}");
+    }
+}
+
+#[test]
+fn one_that_waits_for_the_vm_to_run_keeps_none_waiting_that_takes_it_stopped() {
+    let stopped = stopped_with_a_disk();
+    let (needs_freeze, mut as_it_lies) = (snapshot("old"), snapshot_created("young", at(5)));
+    as_it_lies.spec.consistency.required = ConsistencyLevel::Crash;
+    let mut another = as_it_lies.clone();
+    (another.metadata.name, another.metadata.uid) = (Some("older".into()), Some("0".into()));
+    let is_blocked_by = |other: &VMSnapshot, target: &VMTarget| {
+        ahead(&as_it_lies, &[Entry { snapshot: other, content: None }], Some(target)).is_some()
+    };
+    assert!(!is_blocked_by(&needs_freeze, &stopped));
+    assert!(is_blocked_by(&another, &stopped));
+    assert!(is_blocked_by(&needs_freeze, &target("Running")), "the order is kept once both can start");
 }

@@ -31,6 +31,8 @@ pub struct State {
     pub calls: Vec<String>,
     /// How the next deletion is answered, and what happens just before it.
     pub before_deletion: Option<fn(&mut State)>,
+    /// Snapshots that a quota leaves room for.
+    pub quota: usize,
     version: u64,
 }
 
@@ -73,6 +75,7 @@ impl Cluster {
             deleted: vec![],
             calls: vec![],
             before_deletion: None,
+            quota: usize::MAX,
             version: 100,
         };
         let state = Arc::new(Mutex::new(state));
@@ -249,6 +252,9 @@ fn create(call: Call, state: &mut State) {
     let name = snapshot["metadata"]["name"].as_str().unwrap().to_owned();
     if state.snapshots.contains_key(&name) {
         return call.fail(409, "AlreadyExists");
+    }
+    if state.snapshots.len() >= state.quota {
+        return call.fail(403, "Forbidden");
     }
     state.version += 1;
     snapshot["metadata"]["uid"] = json!(format!("uid-{name}"));

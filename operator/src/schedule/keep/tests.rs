@@ -76,7 +76,7 @@ fn each_rule_keeps_the_latest_of_each_of_its_periods_that_has_any() {
             vec!["2026-03-09T02:10: within", "2026-03-09T01:40: within", "2026-03-09T01:00: within"],
         ),
         (
-            json!({"within": "25h10m", "last": 1}),
+            json!({"within": "1d1h", "last": 1}),
             vec!["2026-03-09T02:10: within, last", "2026-03-09T01:40: within", "2026-03-09T01:00: within"],
         ),
     ];
@@ -86,9 +86,13 @@ fn each_rule_keeps_the_latest_of_each_of_its_periods_that_has_any() {
 }
 
 #[test]
-fn with_one_rule_the_answer_is_that_of_proxmox_too() {
+fn with_one_rule_and_periods_enough_the_answer_is_that_of_proxmox_too() {
     // Proxmox' `keep-daily 3`: the last three days that have any, the latest of each. With several rules it goes on with
-    // older ones where restic counts the same snapshot for more than one rule.
+    // older ones where restic counts the same snapshot for more than one rule; and it doesn't keep the oldest of all where
+    // there are fewer days, which would leave 02:10 alone here.
+    let one_day = ["2026-03-09T01:40:00Z", "2026-03-09T02:10:00Z"];
+    let as_restic = ["2026-03-09T02:10: daily", "2026-03-09T01:40: oldest daily"];
+    assert_eq!(kept(&one_day, json!({"daily": 3}), "UTC"), as_restic);
     let expected = ["2026-03-09T02:10: daily", "2026-03-08T01:00: daily", "2026-03-05T01:00: daily"];
     assert_eq!(kept(&DAYS, json!({"daily": 3}), "UTC"), expected);
 }
@@ -111,6 +115,30 @@ fn the_first_days_of_january_may_belong_to_the_last_week_of_the_year_before() {
     let times = ["2026-12-31T01:00:00Z", "2027-01-01T01:00:00Z", "2027-01-03T01:00:00Z", "2027-01-04T01:00:00Z"];
     let expected = ["2027-01-04T01:00: weekly", "2027-01-03T01:00: weekly"];
     assert_eq!(kept(&times, json!({"weekly": 2}), "UTC"), expected);
+}
+
+#[test]
+fn a_span_is_of_years_months_days_and_hours_as_restic_writes_it() {
+    let latest = "2026-07-31T12:00:00Z";
+    // The span, the oldest time that is within it, and the youngest that isn't.
+    let rows = [
+        ("6m", "2026-01-31T12:00:01Z", "2026-01-31T12:00:00Z"),
+        ("1m", "2026-06-30T12:00:01Z", "2026-06-30T12:00:00Z"),
+        ("2y", "2024-07-31T12:00:01Z", "2024-07-31T12:00:00Z"),
+        ("10d", "2026-07-21T12:00:01Z", "2026-07-21T12:00:00Z"),
+        ("36h", "2026-07-30T00:00:01Z", "2026-07-30T00:00:00Z"),
+        ("1y2m3d4h", "2025-05-28T08:00:01Z", "2025-05-28T08:00:00Z"),
+        ("0y1d", "2026-07-30T12:00:01Z", "2026-07-30T12:00:00Z"),
+    ];
+    for (within, inside, outside) in rows {
+        let found = kept(&[latest, inside, outside], json!({"within": within}), "UTC");
+        let expected = [latest, inside].map(|time| format!("{}: within", &time[..16]));
+        assert_eq!(found, expected, "{within}");
+    }
+    for unreadable in ["1w", "1mo", "7", "99999999999999999999d", ""] {
+        let found = kept(&[latest, "1970-01-01T00:00:00Z"], json!({"within": unreadable}), "UTC");
+        assert_eq!(found.len(), 2, "{unreadable}");
+    }
 }
 
 #[test]
@@ -165,8 +193,9 @@ fn failed_ones_count_for_no_rule_and_have_a_limit_of_their_own() {
 #[test]
 fn without_rules_only_failed_ones_go() {
     let zone = TimeZone::UTC;
-    let nothing = [keep(json!({})), keep(json!({"last": 0, "daily": -1}))];
-    for keep in [None, Some(&nothing[0]), Some(&nothing[1])] {
+    let nothing =
+        [json!({}), json!({"last": 0, "daily": -1}), json!({"within": "0h"}), json!({"within": "0y0d"})].map(keep);
+    for keep in nothing.iter().map(Some).chain([None]) {
         let rules = Rules { keep, min_healthy: 1, failed_history_limit: 0, zone: &zone };
         let candidates = [Worth::Good, Worth::Unproved, Worth::Failed].map(|worth| Candidate {
             name: format!("{worth:?}"),
@@ -194,7 +223,8 @@ fn any_candidate() -> impl Strategy<Value = Candidate> {
 
 fn any_keep() -> impl Strategy<Value = Option<Keep>> {
     let count = || prop::option::of(-1_i32..6);
-    let within = prop::option::of(prop_oneof![Just("1h"), Just("2d"), Just("1mo1w"), Just("999y"), Just("1m")]);
+    let within =
+        prop::option::of(prop_oneof![Just("1h"), Just("2d"), Just("1m7d"), Just("999y"), Just("0d"), Just("1w")]);
     let rules = (count(), count(), count(), count(), count(), count(), within).prop_map(
         |(last, hourly, daily, weekly, monthly, yearly, within)| Keep {
             last,
