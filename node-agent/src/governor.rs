@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use freezeframe_api::conditions::{condition, find, reasons, set, types};
 use freezeframe_api::v1alpha1::VMTargetStatus;
@@ -19,6 +19,8 @@ use crate::session::shortening::{Depth, ShorteningError};
 
 /// How often chains are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+/// How soon again, where something was in the way: a QEMU may have to be started to see whether it still is.
+const TRY_AGAIN: Duration = Duration::from_secs(30);
 
 /// What governing needs.
 #[derive(Clone)]
@@ -48,7 +50,7 @@ impl Governor {
             match self.sessions.limited() {
                 Ok(limited) => {
                     self.depths.keep_only(&limited);
-                    for vm in limited {
+                    for vm in limited.into_iter().filter(|vm| self.depths.may_be_looked_at(vm)) {
                         // A VM that is being worked on is looked at the next time.
                         if let Some(turn) = self.locks.try_turn(&vm) {
                             working.spawn(self.clone().look(vm, turn));
@@ -69,7 +71,13 @@ impl Governor {
 
 /// Which VMs' chains are too deep, and why they stay so; a clone knows the same.
 #[derive(Clone, Default)]
-pub struct Depths(Arc<Mutex<HashMap<VmKey, Found>>>);
+pub struct Depths(Arc<Mutex<HashMap<VmKey, Look>>>);
+
+#[derive(Clone, Debug)]
+struct Look {
+    found: Found,
+    at: Instant,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Found {
@@ -85,26 +93,31 @@ impl Depths {
             Ok(Depth::Unseen) => return,
             Ok(Depth::Needed(disks)) => too_deep(reasons::NEEDED_BY_SNAPSHOTS, &disks),
             Ok(Depth::Hindered(disks)) => too_deep(reasons::NOT_NOW, &disks),
-            Err(error @ ShorteningError::Driver { .. }) => {
+            Err(error @ (ShorteningError::Driver { .. } | ShorteningError::Still(_))) => {
                 tracing::debug!(%vm, error = chain(&error), "chains can't be shortened");
                 Found::TooDeep { reason: reasons::NOT_NOW, message: chain(&error) }
             }
             Err(error) => return tracing::debug!(%vm, error = chain(&error), "chains can't be looked at"),
         };
-        self.found().insert(vm.clone(), found);
+        self.looks().insert(vm.clone(), Look { found, at: Instant::now() });
+    }
+
+    fn may_be_looked_at(&self, vm: &VmKey) -> bool {
+        let hindered = |look: &&Look| matches!(look.found, Found::TooDeep { reason: reasons::NOT_NOW, .. });
+        self.looks().get(vm).filter(hindered).is_none_or(|look| look.at.elapsed() >= TRY_AGAIN)
     }
 
     /// Nobody limits the chains of other VMs any more.
     fn keep_only(&self, limited: &[VmKey]) {
-        for (vm, found) in self.found().iter_mut().filter(|(vm, _)| !limited.contains(vm)) {
+        for (vm, look) in self.looks().iter_mut().filter(|(vm, _)| !limited.contains(vm)) {
             tracing::debug!(%vm, "its chains are not limited any more");
-            *found = Found::Enough;
+            look.found = Found::Enough;
         }
     }
 
     /// Says in a VM's status whether its chains are too deep; nothing until they once were.
     pub fn report(&self, vm: &VmKey, status: &mut VMTargetStatus) {
-        let found = self.found().get(vm).cloned();
+        let found = self.looks().get(vm).map(|look| look.found.clone());
         let (is, reason, message) = match found {
             Some(Found::TooDeep { reason, message }) => (true, reason, message),
             Some(Found::Enough) if find(&status.conditions, types::CHAIN_TOO_DEEP).is_some() => {
@@ -116,7 +129,7 @@ impl Depths {
         set(&mut status.conditions, told);
     }
 
-    fn found(&self) -> MutexGuard<'_, HashMap<VmKey, Found>> {
+    fn looks(&self) -> MutexGuard<'_, HashMap<VmKey, Look>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A merge has no hurry: it rests while the guest's own I/O suffers, and it is cancelled as soon as a snapshot of the VM
 //! is asked for. Cancelling is safe at every moment of a job: what was written is hidden by the layer that it came from,
-//! which stays where it is. The merge is begun anew later.
+//! which stays where it is. A merge is begun anew later; a copy upwards goes on where it was.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use serde_json::json;
 use tokio::time::sleep;
 
 use super::jobs::{self, Wanted};
+use super::quantity::MinFree;
 use super::{DriverError, Result};
 use crate::hypervisor::QMP_TIMEOUT;
 use crate::locks::Waiting;
@@ -22,13 +23,15 @@ const LOOK: Duration = Duration::from_secs(1);
 /// for ever.
 const LONGEST_REST: Duration = Duration::from_secs(10);
 
-/// How fast merges go.
+/// What merges may cost.
 #[derive(Clone, Debug, Default)]
 pub struct Pace {
     /// Bytes a second for one disk; 0, as QEMU has it, for no limit.
     pub speed: u64,
     /// Above which average latency of the guest's I/O a merge rests.
     pub max_latency: Option<Duration>,
+    /// What must stay free where something is copied, all of it.
+    pub keep: Vec<MinFree>,
     /// The snapshots that wait for the VM.
     pub waiting: Waiting,
 }

@@ -3,15 +3,16 @@
 use freezeframe_api::v1alpha1::Limits;
 
 use crate::drivers::Pace;
-use crate::drivers::quantity::bytes;
+use crate::drivers::quantity::{MinFree, bytes};
 use crate::locks::Waiting;
 
-/// How fast merges go under these limits. What the API's own pattern lets through can be read; else there is no limit.
+/// What merges may cost under these limits. What the API's own pattern lets through can be read; else there is no limit.
 #[must_use]
 pub fn pace(limits: &Limits, waiting: &Waiting) -> Pace {
     Pace {
         speed: limits.merge_speed.as_deref().and_then(bytes).unwrap_or(0),
         max_latency: limits.max_merge_latency.map(Into::into),
+        keep: vec![MinFree::parse(limits.min_free.as_deref())],
         waiting: waiting.clone(),
     }
 }
@@ -24,6 +25,7 @@ pub fn slowest<'a>(limits: impl Iterator<Item = &'a Limits>, waiting: &Waiting) 
     Pace {
         speed: speeds.min().unwrap_or(0),
         max_latency: paces.iter().filter_map(|pace| pace.max_latency).min(),
+        keep: paces.iter().flat_map(|pace| &pace.keep).copied().collect(),
         waiting: waiting.clone(),
     }
 }

@@ -31,6 +31,7 @@ pub mod outcome;
 mod overwritten;
 mod removal;
 pub mod shortening;
+mod shortening_stopped;
 mod space;
 pub mod space_watch;
 mod still_cut;

@@ -5,9 +5,9 @@ use std::path::Path;
 use super::Sessions;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::limits;
-use crate::drivers::overlay::shorten::{self, TooDeep, Wanted};
-use crate::drivers::quantity::MinFree;
+use crate::drivers::overlay::shorten::{self, TooDeep};
 use crate::drivers::{DriverError, Env, Sibling};
+use crate::hypervisor::still::StillError;
 use crate::hypervisor::{OpenError, Vm, VmKey};
 use crate::locks::Waiting;
 
@@ -29,6 +29,9 @@ pub enum ShorteningError {
         #[source]
         source: Box<DriverError>,
     },
+    /// A stopped VM's disks can't be opened.
+    #[error(transparent)]
+    Still(#[from] StillError),
     /// The journal can't be read.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -44,7 +47,7 @@ pub(super) async fn make_way(vm: &Vm) -> Result<(), DriverError> {
 pub enum Depth {
     /// None is deeper than it may be, or nobody says how deep they may be.
     Enough,
-    /// It can't be seen now: the VM doesn't run, or something else is done to its layers.
+    /// It can't be seen now: the VM is being started, its disks aren't known, or something else is done to its layers.
     Unseen,
     /// Some are deeper, and snapshots need all of their images: which, in words.
     Needed(Vec<String>),
@@ -72,7 +75,7 @@ impl Sessions {
         }
         let opened = match Vm::open(&self.vm_root, vm).await {
             Ok(opened) => opened,
-            Err(OpenError::NotRunning(_)) => return Ok(Depth::Unseen),
+            Err(OpenError::NotRunning(_)) => return self.shorten_stopped(vm, deepest, &records, waiting).await,
             Err(error) => return Err(error.into()),
         };
         if !matches!(self.guard.owed(&vm.to_string()).await, Ok(false)) {
@@ -81,18 +84,19 @@ impl Sessions {
         let siblings: Vec<_> = records.iter().flat_map(|record| self.files_of(record)).collect();
         let pace = limits::slowest(records.iter().map(|record| &record.order.limits), waiting);
         let env = Env { vm: Some(&opened), roots: &self.roots, siblings: &siblings, pace: &pace };
-        let keep = records.iter().map(|record| MinFree::parse(record.order.limits.min_free.as_deref())).collect();
-        let wanted = Wanted { deepest, keep };
-        match Box::pin(shorten::shorten(&env, &opened, &wanted)).await {
-            Ok(left) if left.is_empty() => Ok(Depth::Enough),
-            Ok(left) => {
-                let disks = left.iter().map(|disk| said(disk, deepest, &records, self)).collect();
-                let hindered = left.iter().any(|disk| disk.hindrance.is_some());
-                Ok(if hindered { Depth::Hindered(disks) } else { Depth::Needed(disks) })
-            }
-            Err(DriverError::MadeWay) => Ok(Depth::Unseen),
-            Err(source) => Err(ShorteningError::Driver { vm: vm.clone(), source: Box::new(source) }),
+        match Box::pin(shorten::shorten(&env, &opened, deepest)).await {
+            Ok(left) => Ok(self.depth(&left, deepest, &records)),
+            Err(error) => unfinished(vm, error),
         }
+    }
+
+    pub(super) fn depth(&self, left: &[TooDeep], deepest: usize, records: &[SessionRecord]) -> Depth {
+        if left.is_empty() {
+            return Depth::Enough;
+        }
+        let disks = left.iter().map(|disk| said(disk, deepest, records, self)).collect();
+        let hindered = left.iter().any(|disk| disk.hindrance.is_some());
+        if hindered { Depth::Hindered(disks) } else { Depth::Needed(disks) }
     }
 
     /// Whether it may change by itself which files the snapshots have.
@@ -105,10 +109,17 @@ impl Sessions {
             || !kept && record.tasks.iter().any(half_removed)
     }
 
-    fn files_of(&self, record: &SessionRecord) -> Vec<Sibling> {
+    pub(super) fn files_of(&self, record: &SessionRecord) -> Vec<Sibling> {
         let retained = record.stage == Stage::Retained;
         let files = record.tasks.iter().filter_map(|task| self.drivers.find(&task.driver)?.place(task));
         files.map(|handle| Sibling { handle, retained }).collect()
+    }
+}
+
+pub(super) fn unfinished(vm: &VmKey, error: DriverError) -> Result<Depth, ShorteningError> {
+    match error {
+        DriverError::MadeWay => Ok(Depth::Unseen),
+        source => Err(ShorteningError::Driver { vm: vm.clone(), source: Box::new(source) }),
     }
 }
 

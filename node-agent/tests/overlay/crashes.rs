@@ -191,7 +191,10 @@ async fn nothing_is_lost_in_a_base_that_a_cancelled_merge_left_writable() {
     assert!(!lab.machine.graph().await.node(&chain[1]).unwrap().read_only, "this QEMU leaves no base writable");
     lab.take().await;
     let order = lab.snapshots[&lower].order.clone();
-    lab.sessions.delete(&order).await.unwrap();
+    let deletion = lab.sessions.delete(&order).await.unwrap();
+    let said: Vec<_> = deletion.status.conditions.iter().map(|condition| &condition.message).collect();
+    let refused = said.iter().any(|message| message.contains("was left writable"));
+    assert!(!deletion.over && refused, "a merge into it was begun: {said:?}");
     lab.machine.kill();
     assert_eq!(crate::machine::view(&lab.disks[0].image), lab.disks[0].now);
     lab.delete(lower).await;

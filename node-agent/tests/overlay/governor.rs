@@ -1,14 +1,17 @@
 //! Chains that are deeper than the class wants: what is left out, what is written, and what happens in between.
 
-use std::time::Duration;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use freezeframe_api::v1alpha1::{DeletionPolicy, DiskSnapshotState, Limits};
 use freezeframe_node_agent::drivers::DriverError;
 use freezeframe_node_agent::locks::{VmLocks, Waiting};
 use freezeframe_node_agent::session::shortening::{Depth, ShorteningError};
 
+use serde_json::json;
+
 use crate::crashes::cut_off;
-use crate::lab::Lab;
+use crate::lab::{Disk, Lab};
 use crate::machine::REGION;
 use crate::shapes::{Shape, lab};
 
@@ -24,6 +27,16 @@ impl Lab {
         let mut order = self.snapshots[&number].order.clone();
         order.deletion_policy = DeletionPolicy::Retain;
         self.delete_order(&order).await;
+    }
+
+    /// However slow its snapshots' classes want it.
+    async fn shorten_fast(&self) {
+        for snapshot in self.snapshots.values() {
+            let mut record = self.sessions.journal.load(&snapshot.order.uid).unwrap().unwrap();
+            record.order.limits.merge_speed = None;
+            self.sessions.journal.save(&record).unwrap();
+        }
+        assert_eq!(self.shorten().await.unwrap(), Depth::Enough);
     }
 
     pub async fn shorten(&self) -> Result<Depth, ShorteningError> {
@@ -265,11 +278,111 @@ async fn a_snapshot_that_is_asked_for_while_a_chain_is_shortened_has_its_turn_at
 
 async fn until_a_job_runs(lab: &Lab) {
     for _ in 0..1000 {
-        let jobs = lab.machine.execute("query-block-jobs", serde_json::json!({})).await;
+        let jobs = lab.machine.execute("query-block-jobs", json!({})).await;
         if jobs.as_array().is_some_and(|jobs| !jobs.is_empty()) {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("no job");
+}
+
+/// A VM that was stopped long ago, with a file that names its disks.
+fn stop(lab: &mut Lab) {
+    let disk = |disk: &Disk| json!({"name": disk.id, "path": disk.image, "format": "qcow2"});
+    let disks: Vec<_> = lab.disks.iter().map(disk).collect();
+    lab.machine.kill();
+    // JSON is YAML.
+    std::fs::write(directory_of(lab).join("target.yaml"), json!({"disks": disks}).to_string()).unwrap();
+    let long_ago = SystemTime::now() - Duration::from_secs(3600);
+    std::fs::File::open(directory_of(lab)).unwrap().set_modified(long_ago).unwrap();
+}
+
+fn directory_of(lab: &Lab) -> PathBuf {
+    lab.sessions.vm_root.join("shop/db")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chain_of_a_stopped_vm_is_shortened() {
+    for shape in [Shape::Blockdev, Shape::Legacy, Shape::Backed] {
+        println!("{shape:?}");
+        let backed = i32::from(shape == Shape::Backed);
+        let mut lab = limited(shape, 2, 2 + backed).await;
+        let taken = [lab.take().await, lab.take().await, lab.take().await];
+        lab.retain(taken[1]).await;
+        let retained = bytes(&lab.handles(taken[1]));
+        lab.machine.kill();
+        // Somebody may be about to start it again.
+        assert_eq!(lab.shorten().await.unwrap(), Depth::Unseen);
+        stop(&mut lab);
+        assert_eq!(lab.shorten().await.unwrap(), Depth::Enough);
+        lab.check().await;
+        lab.machine.start().await;
+        lab.left_out = 1;
+        lab.check().await;
+        lab.write().await;
+        assert_eq!(bytes(&lab.handles(taken[1])), retained, "a retained file was written");
+        lab.take().await;
+        stop(&mut lab);
+        let Depth::Needed(said) = lab.shorten().await.unwrap() else { panic!("not too deep") };
+        assert!(said[0].contains("s1, s3, s4"), "{said:?}");
+        lab.machine.start().await;
+        lab.check().await;
+    }
+}
+
+/// Nothing that is copied into a disk's own image or a layer below it is lost by ending our QEMU.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chain_of_a_stopped_vm_is_left_alone_once_it_is_being_started_or_a_snapshot_is_asked_for() {
+    let mut lab = limited(Shape::Blockdev, 1, 1).await;
+    lab.limits.merge_speed = Some(REGION.to_string());
+    let taken = [lab.take().await, lab.take().await, lab.take().await];
+    for number in &taken[1..] {
+        lab.retain(*number).await;
+    }
+    let vm = lab.snapshots[&taken[0]].order.vm.clone();
+    let locks = VmLocks::default();
+    for snapshot in [true, false] {
+        stop(&mut lab);
+        let waiting = locks.waiting(&vm);
+        let held = locks.turn(&vm).await;
+        let shortening = async {
+            let depth = lab.sessions.shorten(&vm, &waiting).await.unwrap();
+            drop(held);
+            depth
+        };
+        let interrupting = async {
+            until_locked(&lab.disks[0].image).await;
+            if snapshot {
+                drop(locks.turn_of_snapshot(&vm).await);
+            } else {
+                // As a QEMU does, before it finds that its image is locked.
+                std::fs::write(directory_of(&lab).join("its.sock"), "").unwrap();
+            }
+        };
+        let both = async { tokio::join!(Box::pin(shortening), interrupting) };
+        let (depth, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it lets go");
+        assert_eq!(depth, Depth::Unseen);
+        lab.check().await;
+        lab.machine.start().await;
+        lab.check().await;
+    }
+    lab.limits.merge_speed = None;
+    lab.shorten_fast().await;
+    lab.left_out = 2;
+    lab.check().await;
+    lab.restart().await;
+    lab.check().await;
+}
+
+/// The image is open in somebody's QEMU, which has work to do.
+async fn until_locked(image: &std::path::Path) {
+    for _ in 0..1000 {
+        let asked = std::process::Command::new("qemu-img").arg("info").arg(image).output().unwrap();
+        if !asked.status.success() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("never locked");
 }

@@ -135,3 +135,92 @@ async fn a_snapshot_is_refused_where_making_way_would_leave_an_image_writable() 
     lab.restart().await;
     lab.check().await;
 }
+
+/// Deletes the snapshot at `at` while another is asked for every half second, which is less than a merge takes.
+async fn gets_done(shape: Shape, at: usize) {
+    const ROUNDS: usize = 16;
+    println!("{shape:?}, snapshot {at}");
+    let mut lab = lab(shape, 1).await;
+    slowly(&mut lab);
+    let taken = [lab.take().await, lab.take().await, lab.take().await];
+    let victim = lab.snapshots.remove(&taken[at]).unwrap().order;
+    let (locks, vm) = (VmLocks::default(), VmKey { namespace: "shop".into(), name: "db".into() });
+    for round in 1.. {
+        assert!(round < ROUNDS, "snapshots every half second keep the merge from ever ending");
+        let delete = async {
+            let _turn = locks.turn_after_snapshots(&vm).await;
+            let deletion = lab.sessions.delete_unless_waiting(&victim, &locks.waiting(&vm)).await.unwrap();
+            println!("round {round}: {:?}", deletion.status.conditions.iter().map(|c| &c.message).collect::<Vec<_>>());
+            deletion.over
+        };
+        let asked = async {
+            sleep(Duration::from_millis(500)).await;
+            let asked = Instant::now();
+            let turn = locks.turn_of_snapshot(&vm).await;
+            assert!(asked.elapsed() < Duration::from_millis(500), "the snapshot waited for {:?}", asked.elapsed());
+            turn
+        };
+        let (over, turn) = tokio::join!(Box::pin(delete), asked);
+        if over {
+            break;
+        }
+        // What the guest wrote meanwhile is in the way of no merge that is half done.
+        lab.write().await;
+        let (number, order) = lab.order();
+        let views = lab.views();
+        let status = lab.advance(&order).await;
+        assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+        lab.snapshots.insert(number, Snapshot { order, views });
+        drop(turn);
+    }
+    lab.check().await;
+    lab.restart().await;
+    lab.check().await;
+    for number in lab.snapshots.keys().copied().take(2).collect::<Vec<_>>() {
+        lab.limits = Limits::default();
+        let mut order = lab.snapshots[&number].order.clone();
+        order.limits = Limits::default();
+        lab.snapshots.remove(&number);
+        lab.delete_order(&order).await;
+        lab.check().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_gets_done_though_snapshots_come_faster_than_it_takes() {
+    Box::pin(gets_done(Shape::Blockdev, 1)).await;
+    Box::pin(gets_done(Shape::Iothreads, 2)).await;
+    Box::pin(gets_done(Shape::Backed, 0)).await;
+}
+
+/// Nobody writes to a stopped VM's disks, but a snapshot of it waits no longer for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_of_a_stopped_vms_layers_makes_way_for_a_snapshot() {
+    for at in [1, 2] {
+        let mut lab = lab(Shape::Blockdev, 1).await;
+        let taken = [lab.take().await, lab.take().await, lab.take().await];
+        let victim = lab.snapshots.remove(&taken[at]).unwrap().order;
+        lab.machine.kill();
+        let (locks, vm) = (VmLocks::default(), VmKey { namespace: "shop".into(), name: "db".into() });
+        let held = locks.turn(&vm).await;
+        let waits = tokio::spawn({
+            let (locks, vm) = (locks.clone(), vm.clone());
+            async move { drop(locks.turn_of_snapshot(&vm).await) }
+        });
+        let waiting = locks.waiting(&vm);
+        waiting.for_snapshot().await;
+        let deletion = lab.sessions.delete_unless_waiting(&victim, &waiting).await.unwrap();
+        assert!(!deletion.over, "the merge didn't make way");
+        // The snapshot's QEMU finds the images unlocked.
+        crate::machine::run("qemu-img", &["check", "-q", crate::machine::path(&lab.disks[0].image)]);
+        drop(held);
+        waits.await.unwrap();
+        assert_eq!(view(&lab.disks[0].image), lab.disks[0].now);
+        for (number, snapshot) in &lab.snapshots {
+            assert_eq!(view(&lab.handles(*number)[0]), snapshot.views[0], "snapshot {number}");
+        }
+        lab.machine.start().await;
+        lab.delete_order(&victim).await;
+        lab.check().await;
+    }
+}

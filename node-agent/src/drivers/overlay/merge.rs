@@ -13,7 +13,7 @@
 //!  file is still the new layer (no cut) ── close, unlink ─► Done
 //!  the layer above is the active one ── commit, Switch ───► Done
 //!  the layer above is a snapshot's ── commit, Moved, unlink it ─► Done
-//!  the file can't be written by its node ── stream it up, unlink it ─► Done
+//!  the file can't be written by its node, or the merge starves ── stream it up, unlink it ─► Done
 //! ```
 //!
 //! What is different for a file that keeps its name is in [`follow_merge`].
@@ -26,7 +26,7 @@ use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::stream::stream_up;
-use super::{DiskTask, at_rest, follow_merge, offline_merge, unseen, upwards};
+use super::{DiskTask, at_rest, follow_merge, offline_merge, starving, unseen, upwards};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::take_back_unused;
@@ -64,6 +64,7 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         Some(_) if state.overlay.is_none() => close_leftovers(env, &state).await,
         Some(_) => Err(DriverError::NotNow(format!("{} is another file", directory.join(&state.layer).display()))),
     };
+    state.made_way += u32::from(matches!(step, Err(DriverError::MadeWay)));
     task.set_state(&state)?;
     step
 }
@@ -188,6 +189,9 @@ pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, stat
     }
     place.renew(env, vm).await?;
     match (place.may_become_writable(place.at), place.at) {
+        (true, 1) if starving::is_better_upwards(env, directory, state, &place) => {
+            stream_up(env, vm, directory, state, &place, 1).await
+        }
         (true, 1) => commit_active(env, vm, directory, state, &graph, &place).await,
         (true, at) => commit_middle(env, vm, directory, state, &place, at).await,
         // It isn't ours to unlink.
@@ -330,8 +334,8 @@ async fn commit_middle(
     if let Some(kept) = kept_for(env, directory, &above_name) {
         return Ok(kept);
     }
-    if !place.may_become_writable(over) {
-        // It could be when the merge was begun, which then made way: nothing of it counts.
+    if !place.may_become_writable(over) || starving::is_better_upwards(env, directory, state, place) {
+        // A merge was begun, which then made way: nothing of it counts.
         if state.merging.take().is_some() {
             state.closing = nodes_of(place.chain[at]);
             return Ok(Removal::Again);

@@ -105,39 +105,40 @@ async fn merge_above(
         daemon.open("over", "qcow2", &directory.join(over), Some("above")).await.map_err(|error| offline(&error))?;
     }
     daemon.hold(if over.is_some() { "over" } else { "above" }).await.map_err(|error| offline(&error))?;
-    match over {
-        Some(_) => {
-            commit_middle(&daemon, state).await?;
-            if state.format == "qcow2" {
-                let size = header(directory, &state.layer)?.virtual_size;
-                daemon.write_out(&["over", "above"], "base", size).await.map_err(|error| offline(&error))?;
-            }
-        }
-        None => commit_disk(&daemon, directory, state).await?,
-    }
+    let merged = match over {
+        Some(_) => commit_middle(env, &daemon, directory, state).await,
+        None => commit_disk(env, &daemon, directory, state).await,
+    };
+    // Also where it made way: its locks must be gone before the images are opened for the snapshot.
     daemon.stop().await.map_err(|error| offline(&error))?;
+    merged?;
     if let Some(merging) = &mut state.merging {
         merging.seen = true;
     }
     Ok(Removal::Again)
 }
 
-async fn commit_middle(daemon: &StorageDaemon, state: &State) -> Result<()> {
+async fn commit_middle(env: &Env<'_>, daemon: &StorageDaemon, directory: &ImageDirectory, state: &State) -> Result<()> {
     let arguments = json!({
         "job-id": state.job(), "device": "over", "top-node": "above", "base-node": "base",
         "backing-file": state.layer, "auto-dismiss": false,
     });
     daemon.qmp().block_commit(&arguments, QMP_TIMEOUT).await.map_err(qemu("start the merge"))?;
-    jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
+    env.pace.wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
     // Until then it has the nodes.
-    jobs::dismiss_if_concluded(daemon.qmp(), &state.job()).await
+    jobs::dismiss_if_concluded(daemon.qmp(), &state.job()).await?;
+    if state.format == "qcow2" {
+        let size = header(directory, &state.layer)?.virtual_size;
+        daemon.write_out(&["over", "above"], "base", size).await.map_err(|error| offline(&error))?;
+    }
+    Ok(())
 }
 
 /// Merges the disk's own layer; the name changes hands while the daemon still holds the locks.
-async fn commit_disk(daemon: &StorageDaemon, directory: &ImageDirectory, state: &State) -> Result<()> {
+async fn commit_disk(env: &Env<'_>, daemon: &StorageDaemon, directory: &ImageDirectory, state: &State) -> Result<()> {
     let arguments = json!({"job-id": state.job(), "device": "above", "base-node": "base", "auto-dismiss": false});
     daemon.qmp().block_commit(&arguments, QMP_TIMEOUT).await.map_err(qemu("start the merge"))?;
-    jobs::wait(daemon.qmp(), &state.job(), Wanted::Ready).await?;
+    env.pace.wait(daemon.qmp(), &state.job(), Wanted::Ready).await?;
     daemon.qmp().job_complete(&state.job(), QMP_TIMEOUT).await.map_err(qemu("complete the merge"))?;
     jobs::wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
     directory.sync_file(&state.layer)?;

@@ -21,12 +21,10 @@ use super::at_rest;
 use super::place::{Place, name_of};
 use super::prepare::{forget_node, header};
 use super::runs::{self, Run, from_below};
-use super::upwards::Upwards;
+use super::upwards::{Upwards, may_take, room};
 use crate::drivers::jobs;
-use crate::drivers::quantity::MinFree;
 use crate::drivers::{DriverError, Env, Result, Sibling, qemu};
 use crate::hypervisor::disks::path_of;
-use crate::hypervisor::filesystem::Room;
 use crate::hypervisor::graph::{NodeFile, NodeFiles, node_files, take_back_unused};
 use crate::hypervisor::image::{FileId, ImageDirectory};
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
@@ -54,18 +52,9 @@ pub async fn make_way(vm: &Vm) -> Result<()> {
     jobs::cancel(vm.qmp(), JOB).await
 }
 
-/// What the classes of a VM's snapshots want.
-#[derive(Clone, Debug)]
-pub struct Wanted {
-    /// How many images may be below a disk's own.
-    pub deepest: usize,
-    /// What must stay free, all of it.
-    pub keep: Vec<MinFree>,
-}
-
-/// Shortens the chains of all disks that have more images below their own than is wanted; what stays too deep is
+/// Shortens the chains of all disks that have more than `deepest` images below their own; what stays too deep is
 /// returned. `env.siblings` are the files of all snapshots of the VM.
-pub async fn shorten(env: &Env<'_>, vm: &Vm, wanted: &Wanted) -> Result<Vec<TooDeep>> {
+pub async fn shorten(env: &Env<'_>, vm: &Vm, deepest: usize) -> Result<Vec<TooDeep>> {
     make_way(vm).await?;
     for _ in 0..MOST_ROUNDS {
         let (graph, files) = tidy(env, vm).await?;
@@ -75,7 +64,7 @@ pub async fn shorten(env: &Env<'_>, vm: &Vm, wanted: &Wanted) -> Result<Vec<TooD
             let Some(top) = disk.top.as_deref() else { continue };
             let place = Place::of_chain(&graph, disk, top, &files);
             let depth = place.chain.len().saturating_sub(1);
-            if depth <= wanted.deepest {
+            if depth <= deepest {
                 continue;
             }
             let chain = Chain::of(env, place);
@@ -87,7 +76,7 @@ pub async fn shorten(env: &Env<'_>, vm: &Vm, wanted: &Wanted) -> Result<Vec<TooD
             }
         }
         let Some((chain, run)) = next else { return Ok(left) };
-        copy_up(env, vm, &chain, run, &wanted.keep).await?;
+        copy_up(env, vm, &chain, run).await?;
     }
     Err(DriverError::NotNow(format!("the chains are still too deep after {MOST_ROUNDS} rounds")))
 }
@@ -154,7 +143,7 @@ impl<'a> Chain<'a> {
         let image = |at: usize| runs::Image {
             // What can't be told isn't touched.
             needed: id(at).is_none() || whose(at).is_some_and(|file| !file.retained),
-            held: held(&place, at),
+            held: may_take(&place, at),
         };
         let images = (0..place.chain.len()).map(image).collect();
         let files = (0..place.chain.len()).map(|at| whose(at).filter(|file| !file.retained)).collect::<Vec<_>>();
@@ -181,16 +170,7 @@ impl<'a> Chain<'a> {
     }
 }
 
-/// Whether a layer can be copied into: QEMU reopens it writable by our descriptor, or by a name that still leads to it.
-/// That QEMU gave the node its name is no hindrance: it doesn't let its options be changed, but writes it out as it makes
-/// it read-only again, which is waited for before the header changes. The disk's own is written out by changing them.
-fn held(place: &Place<'_>, at: usize) -> bool {
-    let node = place.chain[at];
-    let known = matches!(place.file(at), Some(NodeFile::Pinned { .. } | NodeFile::Named { .. }));
-    node.driver == "qcow2" && known && (at > 0 || at_rest::may_be_reopened(node))
-}
-
-async fn copy_up(env: &Env<'_>, vm: &Vm, chain: &Chain<'_>, run: Run, keep: &[MinFree]) -> Result<()> {
+async fn copy_up(env: &Env<'_>, vm: &Vm, chain: &Chain<'_>, run: Run) -> Result<()> {
     let place = &chain.place;
     if at_rest::restore(vm, place, JOB).await? {
         return Ok(());
@@ -199,7 +179,7 @@ async fn copy_up(env: &Env<'_>, vm: &Vm, chain: &Chain<'_>, run: Run, keep: &[Mi
     let path = path_of(place.file(run.top()), env.roots).map_err(DriverError::NotNow)?;
     let (directory, name) = env.roots.directory_of(&path)?;
     let backing = name_of_base(env, place, run, &directory)?;
-    room(place, run, &directory, keep)?;
+    room(env, place, run.images(), &directory)?;
     tracing::info!(path = %path.display(), images = run.len(), "a chain that is too deep is shortened");
     let base = Some((run.base(), backing.clone()));
     Upwards { job: JOB, place, into: run.top(), base, directory: &directory }.copy(env, vm).await?;
@@ -229,16 +209,4 @@ fn name_of_base(env: &Env<'_>, place: &Place<'_>, run: Run, directory: &ImageDir
     let named = header(&beside, &name)?.backing.filter(|name| Path::new(name).is_absolute());
     named
         .ok_or_else(|| DriverError::NotNow(format!("{} names the image below it by a relative path", lowest.display())))
-}
-
-/// All that is copied must fit, and leave as much free as the classes want.
-fn room(place: &Place<'_>, run: Run, directory: &ImageDirectory, keep: &[MinFree]) -> Result<()> {
-    let copied: u64 = place.chain[run.images()].iter().map(|image| image.actual_size).sum();
-    let Some(room) = Room::of(directory.path()) else { return Ok(()) };
-    let kept = keep.iter().map(|keep| keep.of(room.total)).max().unwrap_or(0);
-    let needed = copied.saturating_add(kept);
-    if room.free >= needed {
-        return Ok(());
-    }
-    Err(DriverError::NoSpace { path: directory.path().to_owned(), needed, free: room.free })
 }

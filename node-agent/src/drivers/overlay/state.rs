@@ -52,6 +52,9 @@ pub struct State {
     /// The file that this one's data is streamed into, recorded before that starts.
     #[serde(default)]
     pub streamed_into: Option<FileId>,
+    /// How often a merge into this snapshot's file made way for a snapshot.
+    #[serde(default)]
+    pub made_way: u32,
 }
 
 /// A merge of the layer above into this snapshot's file, which then belongs to the layer's own snapshot.
@@ -120,6 +123,7 @@ impl State {
             merging: None,
             closing: vec![],
             streamed_into: None,
+            made_way: 0,
         })
     }
 

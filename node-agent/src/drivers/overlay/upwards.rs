@@ -4,6 +4,8 @@
 //! would lead past data that is in no table. So the job waits before its last step until all of it is on disk. Cut off
 //! anywhere, it is begun anew.
 
+use std::ops::Range;
+
 use freezeframe_qemu::Node;
 use serde_json::json;
 
@@ -12,6 +14,8 @@ use super::place::{Place, name_of};
 use super::state::State;
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Result, qemu};
+use crate::hypervisor::filesystem::Room;
+use crate::hypervisor::graph::NodeFile;
 use crate::hypervisor::image::ImageDirectory;
 use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
@@ -88,6 +92,27 @@ impl Upwards<'_> {
         }
         vm.qmp().block_stream(&job, QMP_TIMEOUT).await.map_err(qemu(format!("start {}", self.job)))
     }
+}
+
+/// Whether a layer can be copied into: QEMU reopens it writable by our descriptor, or by a name that still leads to it.
+/// That QEMU gave the node its name is no hindrance: it doesn't let its options be changed, but writes it out as it makes
+/// it read-only again, which is waited for before the header changes. The disk's own is written out by changing them.
+pub fn may_take(place: &Place<'_>, at: usize) -> bool {
+    let node = place.chain[at];
+    let known = matches!(place.file(at), Some(NodeFile::Pinned { .. } | NodeFile::Named { .. }));
+    node.driver == "qcow2" && known && (at > 0 || at_rest::may_be_reopened(node))
+}
+
+/// All that is copied must fit, and leave as much free as the classes want.
+pub fn room(env: &Env<'_>, place: &Place<'_>, images: Range<usize>, directory: &ImageDirectory) -> Result<()> {
+    let copied: u64 = place.chain[images].iter().map(|image| image.actual_size).sum();
+    let Some(room) = Room::of(directory.path()) else { return Ok(()) };
+    let kept = env.pace.keep.iter().map(|keep| keep.of(room.total)).max().unwrap_or(0);
+    let needed = copied.saturating_add(kept);
+    if room.free >= needed {
+        return Ok(());
+    }
+    Err(DriverError::NoSpace { path: directory.path().to_owned(), needed, free: room.free })
 }
 
 /// Makes durable what was copied up from a snapshot's file, and the header that no longer names that file.
