@@ -73,14 +73,14 @@ impl Sessions {
         if records.iter().any(|record| self.is_under_way(record)) {
             return Ok(Depth::Unseen);
         }
+        if !matches!(self.guard.owed(&vm.to_string()).await, Ok(false)) {
+            return Err(ShorteningError::Owed(vm.clone()));
+        }
         let opened = match Vm::open(&self.vm_root, vm).await {
             Ok(opened) => opened,
             Err(OpenError::NotRunning(_)) => return self.shorten_stopped(vm, deepest, &records, waiting).await,
             Err(error) => return Err(error.into()),
         };
-        if !matches!(self.guard.owed(&vm.to_string()).await, Ok(false)) {
-            return Err(ShorteningError::Owed(vm.clone()));
-        }
         let siblings: Vec<_> = records.iter().flat_map(|record| self.files_of(record)).collect();
         let pace = limits::slowest(records.iter().map(|record| &record.order.limits), waiting);
         let env = Env { vm: Some(&opened), roots: &self.roots, siblings: &siblings, pace: &pace };
