@@ -96,16 +96,17 @@ async fn whatever_qemu_opens_is_copied() {
     }
 }
 
-/// A file that gets the number which another had; the file system gives it away again at once.
+/// A file that gets the number which another had: the file system gives it away again, sooner or later.
 fn with_number_of(gone: &Path) -> PathBuf {
+    const MOST: u32 = 20_000;
     let number = std::fs::metadata(gone).unwrap().ino();
     std::fs::remove_file(gone).unwrap();
-    let others: Vec<_> = (0..100).map(|at| gone.with_extension(format!("other-{at}"))).collect();
-    for other in &others {
-        std::fs::write(other, "mine").unwrap();
-    }
-    let mut found = others.into_iter().filter(|other| std::fs::metadata(other).unwrap().ino() == number);
-    found.next().expect("no file got the number again")
+    let mut others = (0..MOST).map(|at| {
+        let other = gone.with_extension(format!("other-{at}"));
+        std::fs::write(&other, "mine").unwrap();
+        other
+    });
+    others.find(|other| std::fs::metadata(other).unwrap().ino() == number).expect("no file got the number again")
 }
 
 #[tokio::test(flavor = "multi_thread")]

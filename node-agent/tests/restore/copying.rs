@@ -3,52 +3,27 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, VMRestoreContentStatus};
-use freezeframe_guard::client::Guard;
-use freezeframe_node_agent::boot::{Accelerator, Boots};
-use freezeframe_node_agent::drivers::Drivers;
-use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::restore::order::RestoreOrder;
-use freezeframe_node_agent::session::Sessions;
-use freezeframe_node_agent::session::journal::Journal;
-use freezeframe_node_agent::session::machine::StoppedVms;
-use freezeframe_node_agent::session::space_watch::SpaceWatch;
 
 use crate::cases::Case;
 use crate::content::Content;
-use crate::lab::{Lab, Wish, restores, why};
+use crate::lab::{Lab, Wish, why};
+use crate::node;
 use crate::storage::Kind;
 
 /// Its images back onto others, so that a full restore has to copy, and its file system is small.
 const CASE: Case = Case { driver: "overlay", storage: Kind::Xfs, format: "qcow2" };
 const SOON: Duration = Duration::from_secs(60);
 
-const ORDER: &str = "FREEZEFRAME_TEST_COPY_ORDER";
-const RUN: &str = "FREEZEFRAME_TEST_COPY_RUN";
-const IMAGES: &str = "FREEZEFRAME_TEST_COPY_IMAGES";
-
 /// The process that copies. Run as a test it has nothing to do.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_that_copies() {
-    let Ok(order) = std::env::var(ORDER) else { return };
-    let order: RestoreOrder = serde_json::from_str(&order).unwrap();
-    let (run, images) = (PathBuf::from(std::env::var(RUN).unwrap()), std::env::var(IMAGES).unwrap());
-    let boots = std::sync::Arc::new(Boots::new(64, Duration::from_secs(20), 1, Accelerator::Tcg));
-    let sessions = Sessions {
-        vm_root: run.join("vms"),
-        roots: ImageRoots::new(vec![images.into(), run.join("vms")]),
-        guard: Guard::new(run.join("guard.sock")),
-        journal: Journal::open(run.join("contents")).unwrap(),
-        drivers: Drivers::default(),
-        stopped: StoppedVms::with_files_only(),
-        boots,
-        space: SpaceWatch::default(),
-    };
-    let restores = restores(&sessions, &run.join("restores"));
+    let Some((run, restores, order)) = node::asked() else { return };
     let wish = Wish::default();
     let told = tokio::sync::watch::Sender::new(None);
     let cancelled = async {
@@ -87,7 +62,7 @@ struct Agent {
 impl Agent {
     /// Starts it on an order; `first` is done before `qemu-img` copies, whose arguments begin with `slowly`.
     fn start(lab: &Lab, order: &RestoreOrder, first: &str, slowly: &str) -> Self {
-        let (run, tools) = (lab.world.sessions.vm_root.parent().unwrap().to_owned(), tempfile::tempdir().unwrap());
+        let (run, tools) = (Lab::run(&lab.world).to_owned(), tempfile::tempdir().unwrap());
         let real = crate::storage::run("which qemu-img", &[]);
         let (real, pid) = (real.trim(), run.join("copying"));
         let script = format!(
@@ -99,15 +74,8 @@ impl Agent {
         std::fs::write(&tool, script).unwrap();
         std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).unwrap();
         let path = format!("{}:{}", tools.path().display(), std::env::var("PATH").unwrap());
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "copying::the_agent_that_copies"])
-            .env("PATH", path)
-            .env(ORDER, serde_json::to_string(order).unwrap())
-            .env(RUN, &run)
-            .env(IMAGES, lab.world.storage.root())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut agent = node::agent("copying::the_agent_that_copies", &run, &lab.world.storage.root(), order);
+        let process = agent.env("PATH", path).stdout(Stdio::null()).spawn().unwrap();
         Self { process, run, _tools: tools }
     }
 
@@ -208,7 +176,7 @@ async fn a_copy_ends_with_its_agent_and_is_begun_anew_by_the_next() {
         // Its agent is killed, and can end nothing.
         drop(agent);
         tokio::time::timeout(SOON, until_gone(&copying)).await.expect("qemu-img goes on");
-        std::fs::remove_file(lab.world.sessions.vm_root.with_file_name("copying")).unwrap();
+        std::fs::remove_file(Lab::run(&lab.world).join("copying")).unwrap();
         for (image, content) in lab.restore(&order).await.iter().zip(&taken) {
             content.check(image, CASE.format).unwrap();
         }

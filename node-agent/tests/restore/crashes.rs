@@ -1,26 +1,17 @@
 //! The agent is killed at every effect of a restore, in a process of its own; then it goes on, or takes back.
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
-use std::process::Command;
 
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode};
-use freezeframe_guard::client::Guard;
-use freezeframe_node_agent::boot::{Accelerator, Boots};
-use freezeframe_node_agent::drivers::Drivers;
-use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::restore::Turn;
 use freezeframe_node_agent::restore::order::RestoreOrder;
-use freezeframe_node_agent::session::Sessions;
-use freezeframe_node_agent::session::journal::Journal;
-use freezeframe_node_agent::session::machine::StoppedVms;
-use freezeframe_node_agent::session::space_watch::SpaceWatch;
 
 use crate::cases::for_every;
 use crate::content::Content;
-use crate::lab::{CASES, Lab, Wish, restores, why};
+use crate::lab::{CASES, Lab, Wish, why};
 use crate::machine::Machine;
+use crate::node;
 
 const IN_PLACE: [&str; 7] = [
     "restore-planned",
@@ -41,42 +32,18 @@ const TO_NEW: [&str; 7] = [
     "restore-done",
 ];
 
-const ORDER: &str = "FREEZEFRAME_TEST_ORDER";
-const RUN: &str = "FREEZEFRAME_TEST_RUN";
-const IMAGES: &str = "FREEZEFRAME_TEST_IMAGES";
-
 /// The process that is killed. Run as a test it has nothing to do.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_that_is_killed() {
-    let Ok(order) = std::env::var(ORDER) else { return };
-    let order: RestoreOrder = serde_json::from_str(&order).unwrap();
-    let (run, images) = (std::env::var(RUN).unwrap(), std::env::var(IMAGES).unwrap());
-    let run = Path::new(&run);
-    let sessions = Sessions {
-        vm_root: run.join("vms"),
-        roots: ImageRoots::new(vec![images.into(), run.join("vms")]),
-        guard: Guard::new(run.join("guard.sock")),
-        journal: Journal::open(run.join("contents")).unwrap(),
-        drivers: Drivers::default(),
-        stopped: StoppedVms::with_files_only(),
-        space: SpaceWatch::default(),
-        boots: std::sync::Arc::new(Boots::new(64, std::time::Duration::from_secs(20), 1, Accelerator::Tcg)),
-    };
-    let restores = restores(&sessions, &run.join("restores"));
+    let Some((_, restores, order)) = node::asked() else { return };
     drop(restores.advance(&order, &Wish::default(), &tokio::sync::watch::Sender::new(None)).await.unwrap());
 }
 
 /// Works on an order in another process until it is killed at `point`.
 pub fn killed_at(lab: &Lab, order: &RestoreOrder, point: &str) {
-    let run = lab.world.sessions.vm_root.parent().unwrap();
-    let ended = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "crashes::the_agent_that_is_killed"])
-        .env(ORDER, serde_json::to_string(order).unwrap())
-        .env(RUN, run)
-        .env(IMAGES, lab.world.storage.root())
-        .env("FREEZEFRAME_CRASH_AT", point)
-        .output()
-        .unwrap();
+    let test = "crashes::the_agent_that_is_killed";
+    let mut agent = node::agent(test, Lab::run(&lab.world), &lab.world.storage.root(), order);
+    let ended = agent.env("FREEZEFRAME_CRASH_AT", point).output().unwrap();
     let said = String::from_utf8_lossy(&ended.stdout);
     assert_eq!(ended.status.signal(), Some(9), "not killed at {point}: {said}");
 }

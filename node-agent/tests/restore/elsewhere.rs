@@ -70,7 +70,7 @@ async fn a_directory_that_the_agent_may_not_use_or_that_is_not_there_is_refused(
     refused(&mut lab, directory.join("gone"), "No such file").await;
     let roots = ImageRoots::new(vec![lab.world.storage.root(), lab.world.sessions.vm_root.clone()]);
     lab.world.sessions.roots = roots;
-    lab.restores = crate::lab::restores(&lab.world.sessions, &Lab::journal(&lab.world));
+    lab.restores = Lab::restores(&lab.world);
     refused(&mut lab, directory.clone(), "root").await;
     assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
 }

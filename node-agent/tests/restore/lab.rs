@@ -1,28 +1,23 @@
 //! A VM with snapshots, and the restores of its node.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use freezeframe_api::conditions::{find, types};
-use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus};
-use freezeframe_node_agent::boot::{Accelerator, Boots};
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, VMRestoreContentStatus};
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::hypervisor::image::ImageRoots;
 use freezeframe_node_agent::hypervisor::target_file::{self, KnownDisk, TargetFile};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
-use freezeframe_node_agent::session::journal::Journal;
-use freezeframe_node_agent::session::machine::StoppedVms;
+use freezeframe_node_agent::session::Progress;
 use freezeframe_node_agent::session::order::Order;
-use freezeframe_node_agent::session::space_watch::SpaceWatch;
-use freezeframe_node_agent::session::{Progress, Sessions};
 use tokio::sync::watch;
 
 use crate::cases::Case;
 use crate::content::Content;
 use crate::machine::Disk;
+use crate::node;
 use crate::storage::Kind;
 use crate::world::World;
 
@@ -37,9 +32,6 @@ pub const CASES: &[Case] = &[
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "raw" },
     Case { driver: "btrfs", storage: Kind::Btrfs, format: "qcow2" },
 ];
-
-/// Where nothing boots, all of it is waited.
-const BOOT: Duration = Duration::from_secs(10);
 
 pub struct Lab {
     pub world: World,
@@ -63,30 +55,20 @@ impl Progress for Wish {
     }
 }
 
-/// The restores of a node whose journal of sessions is in `<run>/contents`.
-pub fn restores(sessions: &Sessions, journal: &Path) -> Restores {
-    let boots = Arc::new(Boots::new(64, BOOT, 1, Accelerator::Tcg));
-    let sessions = Sessions {
-        vm_root: sessions.vm_root.clone(),
-        roots: sessions.roots.clone(),
-        guard: sessions.guard.clone(),
-        journal: sessions.journal.clone(),
-        drivers: sessions.drivers.clone(),
-        stopped: StoppedVms::with_files_only(),
-        space: SpaceWatch::default(),
-        boots: boots.clone(),
-    };
-    Restores { sessions: Arc::new(sessions), journal: Journal::open(journal.to_owned()).unwrap(), boots }
-}
-
 impl Lab {
     pub async fn of(case: Case) -> Self {
         Self::with(Box::pin(World::of(case)).await)
     }
 
     pub fn with(world: World) -> Self {
-        let restores = restores(&world.sessions, &Self::journal(&world));
+        let restores = Self::restores(&world);
         Self { world, restores, restored: 0 }
+    }
+
+    /// The restores of the world's node, as they are once its agent was started.
+    pub fn restores(world: &World) -> Restores {
+        let sessions = &world.sessions;
+        node::restores(Self::run(world), sessions.roots.clone(), sessions.drivers.clone())
     }
 
     /// The same where the class's directory for copies is beneath an image root too, so that images may link to them.
@@ -97,32 +79,15 @@ impl Lab {
         Self::with(world)
     }
 
-    /// Beside the VMs' root.
-    pub fn journal(world: &World) -> PathBuf {
-        world.sessions.vm_root.with_file_name("restores")
+    /// The directory that has all of the node's own files.
+    pub fn run(world: &World) -> &Path {
+        world.sessions.vm_root.parent().unwrap()
     }
 
     /// An order to bring all disks of a snapshot back, in place.
     pub fn order(&mut self, source: &Order) -> RestoreOrder {
         self.restored += 1;
-        RestoreOrder {
-            content: format!("vmrestore-{}", self.restored),
-            uid: format!("{:08x}-2222-4222-8222-222222222222", self.restored),
-            restore: ("shop".into(), format!("restore-{}", self.restored)),
-            source: source.uid.clone(),
-            vm: World::key(),
-            new_vm: None,
-            directory: None,
-            step: RestoreStep::Restore,
-            pre_restore: None,
-            mode: RestoreMode::Linked,
-            include: vec![],
-            exclude: vec![],
-            stop_vm: false,
-            stop_timeout: Duration::from_millis(500),
-            verify: RestoreVerify::Quick,
-            generation: Some(1),
-        }
+        node::order(self.restored, source)
     }
 
     pub fn order_in_place(&mut self, source: &Order, before: &Order) -> RestoreOrder {

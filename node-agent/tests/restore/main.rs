@@ -30,5 +30,6 @@ mod dependence;
 mod elsewhere;
 mod in_place;
 mod lab;
+mod node;
 mod refusals;
 mod to_new;
