@@ -257,6 +257,25 @@ fn a_paused_class_protects_the_snapshots_of_the_class_though_the_schedule_has_an
 }
 
 #[test]
+fn a_paused_class_protects_what_was_taken_by_it_as_the_default_though_another_is_the_default_now() {
+    let schedule = schedule(&json!({"keep": {"last": 1}}));
+    let mut paused: VMSnapshotClass = class("old", false);
+    paused.annotations_mut().insert("freezeframe.dev/paused".into(), "true".into());
+    let classes = Classes::new([&paused, &class("new", true)].into_iter());
+    for (taken_by, goes) in [(Some("old"), false), (Some("new"), true), (None, false)] {
+        let snapshots = ["01", "02"].map(|hour| {
+            let mut snapshot = made(&schedule, "a", &format!("2026-01-01T{hour}:00:00Z"), Phase::Ready);
+            snapshot.status.as_mut().unwrap().class_name = taken_by.map(str::to_owned);
+            snapshot
+        });
+        let observed = Observed { classes: classes.clone(), ..observed(&schedule, &["a"], snapshots.into()) };
+        let plan = plan(&observed, at("2026-01-01T02:30:00Z"));
+        let prunes = plan.actions.iter().any(|action| matches!(action, Action::Prune(_)));
+        assert_eq!(prunes, goes, "{taken_by:?}");
+    }
+}
+
+#[test]
 fn a_spec_that_cannot_be_followed_is_stalled_and_warned_of_once() {
     let rows = [
         (json!({"schedule": "0 0 30 2 *"}), Ok(()), "InvalidSchedule"),
