@@ -311,6 +311,21 @@ fn a_status_is_written_only_with_news() {
 }
 
 #[test]
+fn a_status_that_the_server_has_kept_in_whole_seconds_is_no_news() {
+    let mut schedule = schedule(&json!({"jitter": "30m"}));
+    let delay = Timing::new(&schedule.spec).unwrap().delay("uid-a");
+    assert_ne!(delay.subsec_nanos(), 0);
+    let now = at("2026-01-01T01:30:00Z");
+    let snapshots = vec![made(&schedule, "a", "2026-01-01T01:00:00Z", Phase::Preparing)];
+    let first = told(&plan(&observed(&schedule, &["a"], snapshots.clone()), now));
+    let kept = serde_json::to_value(&first).unwrap();
+    let next = kept["vms"][0]["nextTime"].as_str().unwrap();
+    assert!(at(next) >= at("2026-01-01T02:00:00Z") + delay && !next.contains('.'), "{next}");
+    schedule.status = Some(serde_json::from_value(kept).unwrap());
+    assert_eq!(plan(&observed(&schedule, &["a"], snapshots), now).actions, []);
+}
+
+#[test]
 fn vms_that_are_named_but_missing_and_vms_that_are_no_longer_selected_are_told_of() {
     let schedule = schedule(&json!({}));
     let mut observed = observed(&schedule, &["a"], vec![made(&schedule, "z", "2026-01-01T01:00:00Z", Phase::Ready)]);
