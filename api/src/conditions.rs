@@ -168,7 +168,7 @@ pub mod reasons {
     pub const UNKNOWN_TIME_ZONE: &str = "UnknownTimeZone";
     /// On a schedule: `selector` can't be read.
     pub const INVALID_SELECTOR: &str = "InvalidSelector";
-    /// On a schedule: the last snapshot of a VM failed, or is below the level that it had to have.
+    /// On a schedule: the last snapshot of a VM failed, couldn't be made, or is below the level that it had to have.
     pub const SNAPSHOT_FAILED: &str = "SnapshotFailed";
     /// On a schedule: a VM has no good snapshot yet.
     pub const NO_SNAPSHOT: &str = "NoSnapshot";

@@ -54,6 +54,7 @@ pub fn content(snapshot: &VMSnapshot) -> VMSnapshotContent {
                 "namespace": "shop", "name": snapshot.metadata.name, "uid": snapshot.metadata.uid,
             },
             "vmName": "db-1",
+            "className": "standard",
             "drivers": [{"name": "overlay"}],
             "consistency": {}, "quiesce": {},
             "deadline": Time(deadline),

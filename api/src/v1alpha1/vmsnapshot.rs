@@ -134,6 +134,9 @@ pub struct VMSnapshotStatus {
     /// The VMSnapshotContent that does the work. Absent before there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content_name: Option<String>,
+    /// The VMSnapshotClass by which it is taken, be it named or the default one at that time. Absent before the work order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class_name: Option<String>,
     /// The node that runs the VM. Absent before the work order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,

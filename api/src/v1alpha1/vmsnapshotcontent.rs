@@ -64,7 +64,8 @@ pub enum ContentPhase {
 #[serde(rename_all = "camelCase")]
 // The rule of a field that is absent before or after isn't looked at.
 #[x_kube(
-    validation = Rule::new("has(self.drivers) == has(oldSelf.drivers)").message("drivers is immutable")
+    validation = Rule::new("has(self.drivers) == has(oldSelf.drivers)").message("drivers is immutable"),
+    validation = Rule::new("has(self.className) == has(oldSelf.className)").message("className is immutable")
 )]
 pub struct VMSnapshotContentSpec {
     /// The node whose agent does the work.
@@ -77,6 +78,12 @@ pub struct VMSnapshotContentSpec {
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("vmName is immutable"))]
     pub vm_name: String,
+    /// The VMSnapshotClass that the order goes by: the snapshot's, or the one that was the default then. Absent in orders of
+    /// versions that didn't record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("className is immutable"))]
+    pub class_name: Option<String>,
     /// The class's drivers, best first; the agent's own order when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]

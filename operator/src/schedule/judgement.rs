@@ -38,7 +38,7 @@ pub fn protection(snapshot: &VMSnapshot, restored: &BTreeSet<String>, classes: &
     let rows = [
         ("held", snapshot.spec.hold),
         ("restore", restored.contains(&snapshot.name_any())),
-        ("paused", classes.paused(snapshot.spec.class_name.as_deref()).is_some()),
+        ("paused", classes.pause(snapshot)),
     ];
     rows.into_iter().filter(|(_, applies)| *applies).map(|(reason, _)| reason).collect()
 }

@@ -182,17 +182,16 @@ impl Count {
 /// Counted from the latest one, so that no history goes while nothing new comes; but not from one whose clock was wrong. A
 /// span that can't be read or subtracted reaches back to the beginning.
 fn is_within(keep: &Keep, time: &Zoned, all: &[Zoned], now: Timestamp) -> bool {
-    let Some(reach) = reach(keep) else { return false };
+    let Some(within) = reach(keep) else { return false };
     let latest = all.iter().find(|other| other.timestamp() <= now);
-    let start = latest.and_then(|latest| latest.checked_sub(reach?).ok());
+    let start = latest.and_then(|latest| latest.checked_sub(span(within)?).ok());
     start.is_none_or(|start| *time > start)
 }
 
-/// How far back `within` reaches. None: it isn't asked for, be it by a span of nothing, which the API refuses; of one that
-/// can't be read nothing is known but that.
-fn reach(keep: &Keep) -> Option<Option<Span>> {
-    let reach = span(keep.within.as_deref()?);
-    (!reach.is_some_and(|span| span.is_zero())).then_some(reach)
+/// How far back `within` reaches. None: it isn't asked for, be it by a span of nothing, which the API refuses.
+fn reach(keep: &Keep) -> Option<&str> {
+    let is_nothing = |text: &&str| span(text).is_some_and(Span::is_zero);
+    keep.within.as_deref().filter(|text| !is_nothing(text))
 }
 
 /// restic's form: numbers of years, months, days and hours.

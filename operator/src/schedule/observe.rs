@@ -69,6 +69,14 @@ impl Classes {
     pub fn paused<'a>(&'a self, name: Option<&'a str>) -> Option<&'a str> {
         name.or(self.default.as_deref()).filter(|name| self.paused.contains(*name))
     }
+
+    /// Whether the class by which the snapshot was taken is paused. The default may be another one by now, so of a snapshot
+    /// that doesn't know its class none may be.
+    pub fn pause(&self, snapshot: &VMSnapshot) -> bool {
+        let taken_by = snapshot.status.as_ref().and_then(|status| status.class_name.as_ref());
+        let class = snapshot.spec.class_name.as_ref().or(taken_by);
+        class.map_or(!self.paused.is_empty(), |class| self.paused.contains(class))
+    }
 }
 
 /// The classes. An administrator's change of one is seen at once or nearly.

@@ -7,7 +7,7 @@ use freezeframe_api::v1alpha1::{
     KeptSnapshot, RetentionPlan, ScheduledVM, VMSnapshot, VMSnapshotSchedule, VMSnapshotScheduleStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{RoundMode, Timestamp, TimestampRound, Unit};
 use kube::ResourceExt as _;
 
 use super::judgement::{Judgements, is_active, removed, worth};
@@ -113,7 +113,7 @@ fn scheduled_vm(run: &Run, judgements: &Judgements, stopped: Option<&Stopped>) -
         name: run.vm.name.clone(),
         last_schedule_time: run.mark.map(Time),
         last_successful_time: last_success(judgements, &run.vm.name),
-        next_time: run.next.filter(|_| stopped.is_none()).map(Time),
+        next_time: run.next.filter(|_| stopped.is_none()).map(whole_seconds),
         active: run.active.iter().map(kube::ResourceExt::name_any).collect(),
         deselected: false,
         message: run.message.clone(),
@@ -161,6 +161,13 @@ fn retention_plan(vm: &str, (today, then): &(Vec<Judged>, Vec<Judged>), vms: usi
         remove: going.into_iter().take(limit).collect(),
         next,
     }
+}
+
+/// As the server keeps a time; else a status would differ from itself, read back, for ever. The next second, since nothing
+/// is taken before the instant.
+fn whole_seconds(instant: Timestamp) -> Time {
+    let rounding = TimestampRound::new().smallest(Unit::Second).mode(RoundMode::Ceil);
+    Time(instant.round(rounding).unwrap_or(instant)) // The last second of all times has no next one.
 }
 
 fn count(number: usize) -> i32 {

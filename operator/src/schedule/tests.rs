@@ -257,6 +257,25 @@ fn a_paused_class_protects_the_snapshots_of_the_class_though_the_schedule_has_an
 }
 
 #[test]
+fn a_paused_class_protects_what_was_taken_by_it_as_the_default_though_another_is_the_default_now() {
+    let schedule = schedule(&json!({"keep": {"last": 1}}));
+    let mut paused: VMSnapshotClass = class("old", false);
+    paused.annotations_mut().insert("freezeframe.dev/paused".into(), "true".into());
+    let classes = Classes::new([&paused, &class("new", true)].into_iter());
+    for (taken_by, goes) in [(Some("old"), false), (Some("new"), true), (None, false)] {
+        let snapshots = ["01", "02"].map(|hour| {
+            let mut snapshot = made(&schedule, "a", &format!("2026-01-01T{hour}:00:00Z"), Phase::Ready);
+            snapshot.status.as_mut().unwrap().class_name = taken_by.map(str::to_owned);
+            snapshot
+        });
+        let observed = Observed { classes: classes.clone(), ..observed(&schedule, &["a"], snapshots.into()) };
+        let plan = plan(&observed, at("2026-01-01T02:30:00Z"));
+        let prunes = plan.actions.iter().any(|action| matches!(action, Action::Prune(_)));
+        assert_eq!(prunes, goes, "{taken_by:?}");
+    }
+}
+
+#[test]
 fn a_spec_that_cannot_be_followed_is_stalled_and_warned_of_once() {
     let rows = [
         (json!({"schedule": "0 0 30 2 *"}), Ok(()), "InvalidSchedule"),
@@ -289,6 +308,21 @@ fn a_status_is_written_only_with_news() {
     schedule.status = Some(told(&first));
     let second = plan(&observed(&schedule, &["a"], snapshots), at("2026-01-01T01:45:00Z"));
     assert_eq!(second.actions, []);
+}
+
+#[test]
+fn a_status_that_the_server_has_kept_in_whole_seconds_is_no_news() {
+    let mut schedule = schedule(&json!({"jitter": "30m"}));
+    let delay = Timing::new(&schedule.spec).unwrap().delay("uid-a");
+    assert_ne!(delay.subsec_nanos(), 0);
+    let now = at("2026-01-01T01:30:00Z");
+    let snapshots = vec![made(&schedule, "a", "2026-01-01T01:00:00Z", Phase::Preparing)];
+    let first = told(&plan(&observed(&schedule, &["a"], snapshots.clone()), now));
+    let kept = serde_json::to_value(&first).unwrap();
+    let next = kept["vms"][0]["nextTime"].as_str().unwrap();
+    assert!(at(next) >= at("2026-01-01T02:00:00Z") + delay && !next.contains('.'), "{next}");
+    schedule.status = Some(serde_json::from_value(kept).unwrap());
+    assert_eq!(plan(&observed(&schedule, &["a"], snapshots), now).actions, []);
 }
 
 #[test]

@@ -51,6 +51,7 @@ pub fn content(snapshot: &VMSnapshot, class: &VMSnapshotClass, node: &NodeName) 
             node_name: node.clone(),
             vm_snapshot_ref,
             vm_name,
+            class_name: Some(class.name_any()),
             drivers: class.spec.drivers.clone(),
             consistency,
             quiesce,

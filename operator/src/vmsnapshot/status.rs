@@ -136,6 +136,7 @@ impl Draft {
     fn carry(&mut self, content: &VMSnapshotContent) {
         self.status.content_name = Some(content.name_any());
         self.status.node_name = Some(content.spec.node_name.to_string());
+        self.status.class_name.clone_from(&content.spec.class_name);
         if conditions::find(&self.status.conditions, types::ACCEPTED).is_none_or(|accepted| accepted.status != "True") {
             self.set(types::ACCEPTED, true, reasons::ACCEPTED, "The node has its work order.".into());
         }

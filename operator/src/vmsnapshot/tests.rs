@@ -64,6 +64,7 @@ fn the_finalizer_comes_before_the_work_order_and_the_status_after_it() {
     (expected.metadata.uid, expected.metadata.resource_version) = (None, None);
     assert_eq!(**made, expected);
     assert_eq!((status.phase, status.content_name.clone()), (Phase::Preparing, Some("vmsnap-uid-a".to_owned())));
+    assert_eq!(status.class_name.as_deref(), Some("standard"), "it was the default");
     assert_eq!(plan.again, Some(Duration::from_secs(59 + 10)), "the deadline and the time to report");
 }
 
