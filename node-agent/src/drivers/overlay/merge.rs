@@ -37,10 +37,7 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
     let directory = env.roots.directory(&state.directory)?;
-    if let Some(id) = directory.id(&state.layer).ok().flatten().filter(|_| state.is_device()) {
-        // A device may have another number at each boot.
-        state.base = id;
-    }
+    state.recognize(&directory);
     if let Some(merging) = state.merging.clone().filter(|merging| merging.done) {
         return hand_on(env, &directory, &state, &merging).await;
     }
