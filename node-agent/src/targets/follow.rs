@@ -4,13 +4,14 @@ use freezeframe_api::conditions::{condition, find, reasons, set, types};
 use freezeframe_api::v1alpha1::{TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
+use crate::causes::chain;
 use crate::drivers::Layer;
 use crate::drivers::overlay::followed;
 use crate::hypervisor::VmKey;
 use crate::hypervisor::disks::FoundDisk;
 use crate::hypervisor::image::ImageRoots;
 use crate::session::Sessions;
-use crate::session::outcome::{chain, start_with};
+use crate::session::outcome::start_with;
 
 use super::stopped::known_disk;
 

@@ -13,12 +13,12 @@ use super::follow::is_empty;
 use super::parameters::{FOLLOW, Parameters, TARGETS};
 use super::prepare::header;
 use super::state::State;
+use crate::causes::chain;
 use crate::drivers::naming::is_plain;
 use crate::drivers::{DiskTask, DriverError, Removal, Result, qemu_img};
 use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 use crate::hypervisor::lock::ImageLock;
 use crate::hypervisor::qcow2::{has_external_data, read_header};
-use crate::session::outcome::chain;
 
 /// Where the files are that users of the VM's namespace made.
 pub fn directory_for(task: &DiskTask, roots: &ImageRoots) -> Result<ImageDirectory> {

@@ -44,10 +44,9 @@ pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>>
         let Some(below) = beside(directory, &backing).filter(|below| *below != name) else { continue };
         match directory.holds(below, id) {
             Ok(true) => found.push(name),
-            Ok(false) => {}
-            Err(error) if error.is_no_image() || error.is_no_directory() => {}
             // Images of ours are beneath the roots.
-            Err(ImageError::OutsideRoots(_)) => {}
+            Ok(false) | Err(ImageError::OutsideRoots(_)) => {}
+            Err(error) if error.is_no_image() || error.is_no_directory() => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -16,6 +16,7 @@ use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 
 /// The record of one disk's layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "a record of facts, each of its own")]
 pub struct State {
     /// Directory of the disk's image and of all its layers.
     pub directory: PathBuf,
@@ -159,7 +160,10 @@ impl State {
         let layer = found(&self.layer);
         // Not the directory's own number: on an overlay file system it may be another than its files'.
         let here = found(&self.disk_file).or(layer.filter(|_| is_here)).and_then(|id| id.device);
-        let in_directory = |id: FileId| FileId { device: here, ..id };
+        let in_directory = |mut id: FileId| {
+            id.device = here;
+            id
+        };
         match layer {
             _ if is_here => self.base = in_directory(self.base),
             // A device may have another number at each boot.

@@ -446,7 +446,7 @@ async fn a_vm_started_without_the_users_file_is_noticed_and_nothing_is_touched()
         lent.lab.machine.start().await;
         lent.lab.disks[0].now = lent.lab.snapshots[&taken[0]].views[0];
         lent.lab.write().await;
-        let left = std::fs::read(lent.target()).unwrap();
+        let before = std::fs::read(lent.target()).unwrap();
 
         // Another file, so that it isn't the name that is in the way.
         make_image(&lent.target().with_file_name("other.qcow2"), None);
@@ -468,7 +468,7 @@ async fn a_vm_started_without_the_users_file_is_noticed_and_nothing_is_touched()
             if base == Base::Raw || running {
                 let deletion = lent.lab.sessions.delete(&order).await.unwrap();
                 assert!(!deletion.over, "running {running} {at}");
-                assert_eq!(std::fs::read(lent.target()).unwrap(), left, "the layer was touched");
+                assert_eq!(std::fs::read(lent.target()).unwrap(), before, "the layer was touched");
                 assert_eq!(view(&image), lent.lab.disks[0].now, "the VM's disk was touched");
             }
         }
