@@ -87,11 +87,13 @@ pub fn begin(directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -
 
 /// A VM that runs on the snapshot's image, with no merge of ours that would have brought it there: it was cut off before
 /// the cut, or was started with its old command line.
-pub async fn leave(directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+pub async fn leave(vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     if state.begun || !is_all_and_empty(directory, state).await? {
         state.left = true;
         return Err(follow::left_behind(directory, state));
     }
+    // Descriptors that were handed over, and never used.
+    close_unused(vm, state).await?;
     give_up(directory, state).await
 }
 

@@ -212,7 +212,7 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
 async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -> Result<Removal> {
     let job = jobs::find(vm.qmp(), &state.job()).await?;
     if job.is_none() && state.keeps_name() {
-        return follow_merge::leave(directory, state).await;
+        return follow_merge::leave(vm, directory, state).await;
     }
     if job.is_none() {
         return Err(DriverError::NotNow(format!("the VM runs on {}", directory.join(&state.layer).display())));
