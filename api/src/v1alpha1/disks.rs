@@ -45,7 +45,8 @@ pub struct DiskTarget {
     pub disk: DiskName,
     /// The file's name, without directories: it is in the directory of the snapshot's namespace, below the one that the
     /// class names. It has the format that the class asks for and the disk's size, is empty, and nothing has it open. It
-    /// stays the user's: deleting the snapshot leaves it as it is. Set by the user, unless `volume` is.
+    /// stays the user's: deleting the snapshot leaves it as it is; but for driver `overlay` it is the disk itself from then on,
+    /// and is merged and gone with the last snapshot. Set by the user, unless `volume` is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._+@=:-]*$"))]
     pub file: Option<String>,

@@ -72,9 +72,10 @@ pub fn choose<'a>(
 ) -> Result<(&'a Candidate, String), String> {
     let mut refusals = vec![];
     for candidate in candidates {
-        let verdict = match target {
-            Some(_) if !candidate.driver.takes_targets() => Verdict::Unusable("has no use for a target".into()),
-            _ => candidate.driver.can_take(disk, &candidate.parameters),
+        let in_the_way = target.and_then(|_| candidate.driver.why_no_target(disk, &candidate.parameters));
+        let verdict = match in_the_way {
+            Some(why) => Verdict::Unusable(why),
+            None => candidate.driver.can_take(disk, &candidate.parameters),
         };
         match verdict {
             Verdict::Usable(why) => return Ok((candidate, why)),

@@ -5,7 +5,6 @@
 //! write: so the whole size is reserved before the window, and a full disk is found there and not by the guest
 //! ([`target`]).
 
-mod naming;
 mod owned;
 mod parameters;
 mod target;
@@ -137,7 +136,7 @@ fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result
         let root =
             parameters.targets.clone().ok_or_else(|| refused(TARGETS, "is missing, and a disk has a target".into()))?;
         beneath_root(TARGETS, &root)?;
-        if !naming::is_plain(&file) {
+        if !super::naming::is_plain(&file) {
             return Err(DriverError::Target { path: file.into(), why: "is not a file's name".into() });
         }
         let beneath = Some(vec![task.vm.namespace.clone()]);
@@ -284,8 +283,8 @@ impl SnapshotDriver for Copy {
         false
     }
 
-    fn takes_targets(&self) -> bool {
-        true
+    fn why_no_target(&self, _: &DiskFacts, _: &BTreeMap<String, String>) -> Option<String> {
+        None
     }
 
     fn is_instant(&self) -> bool {

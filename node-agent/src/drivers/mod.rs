@@ -10,6 +10,7 @@ pub mod copy;
 mod error;
 pub mod jobs;
 pub mod lvm;
+mod naming;
 pub mod overlay;
 mod pace;
 pub(crate) mod quantity;
@@ -247,9 +248,9 @@ pub trait SnapshotDriver: Send + Sync {
     /// Whether it can take a disk, under parameters that were checked.
     fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict;
 
-    /// Whether it can put a disk's data into a file that the user made.
-    fn takes_targets(&self) -> bool {
-        false
+    /// Why it can't put a disk into a file that the user made, where it can't.
+    fn why_no_target(&self, _disk: &DiskFacts, _parameters: &BTreeMap<String, String>) -> Option<String> {
+        Some("has no use for a target".into())
     }
 
     /// Names what `prepare` will make, in the task's state, before anything is made.

@@ -20,6 +20,7 @@ pub(crate) mod follow;
 mod follow_merge;
 pub(crate) mod followed;
 pub(crate) mod left_running;
+mod lent;
 mod merge;
 mod needs;
 mod offline_merge;
@@ -87,7 +88,7 @@ impl SnapshotDriver for Overlay {
             _ if disk.has_bitmaps => {
                 Some("the image has dirty bitmaps, which a layer on top would leave behind".into())
             }
-            Err(_) if device && parameters.directory.is_some() => None,
+            Err(_) if device && (parameters.directory.is_some() || parameters.targets.is_some()) => None,
             Err(_) if device => Some(format!(
                 "it is a block device, and parameter `{}` must say where layers on those go",
                 parameters::DIRECTORY
@@ -115,7 +116,15 @@ impl SnapshotDriver for Overlay {
         let mut state: State = task.state()?;
         prepare::make_layer(roots, task, &mut state).await?;
         task.set_state(&state)?;
-        prepare::open_layer(vm, roots, task, &state).await
+        prepare::open_layer(vm, roots, task, &state).await?;
+        if state.lent {
+            lent::refuse_unless_empty(&roots.directory(&state.directory)?, &state).await?;
+        }
+        Ok(())
+    }
+
+    fn why_no_target(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Option<String> {
+        lent::refuse(&disk.format, Parameters::parse(parameters).is_ok_and(|parameters| parameters.follow))
     }
 
     fn cut(&self, group: &[&DiskTask], _: &ImageRoots) -> Result<Cut> {
@@ -190,10 +199,11 @@ impl SnapshotDriver for Overlay {
 
     fn follow(&self, task: &mut DiskTask, to: &Path, format: &str, roots: &ImageRoots) -> Result<()> {
         let mut state: State = task.state()?;
-        let (directory, name) = match to.to_str().filter(|to| to.starts_with("/dev/")) {
-            Some(device) => (roots.directory(&state.directory)?, device.to_owned()),
-            None => roots.directory_of(to)?,
-        };
+        let directory = roots.directory(&state.directory)?;
+        let is_here = to.parent() == Some(directory.path());
+        // A device, or an image that the layers were made elsewhere on.
+        let name = if is_here { to.file_name().and_then(std::ffi::OsStr::to_str) } else { to.to_str() };
+        let name = name.ok_or_else(|| ImageError::NotAFilePath(to.to_owned()))?.to_owned();
         state.base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(to.to_owned()))?;
         state.layer = name;
         format.clone_into(&mut state.format);

@@ -111,14 +111,16 @@ impl ImageRoots {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let beneath = if beneath.as_os_str().is_empty() { Path::new(".") } else { beneath };
         let fd = rustix::fs::openat2(&root, beneath, flags | OFlags::RDONLY, Mode::empty(), resolve).map_err(io)?;
-        Ok(ImageDirectory { path: path.to_owned(), fd })
+        Ok(ImageDirectory { path: path.to_owned(), fd, roots: self.clone() })
     }
 }
 
-/// An opened directory of images; every name below is a plain file name in it.
+/// An opened directory of images. A name below is a plain file name in it, or an absolute path of a block device or of a
+/// file beneath a root, since a layer may lie on an image elsewhere.
 pub struct ImageDirectory {
     path: PathBuf,
     fd: OwnedFd,
+    roots: ImageRoots,
 }
 
 impl ImageDirectory {
@@ -134,8 +136,12 @@ impl ImageDirectory {
         self.path.join(name)
     }
 
-    /// Which file has that name now; none if the name is free. An absolute name is a block device's.
+    /// Which file has that name now; none if the name is free.
     pub fn id(&self, name: &str) -> Result<Option<FileId>> {
+        if is_elsewhere(name) {
+            let (directory, name) = self.roots.directory_of(Path::new(name))?;
+            return directory.id(&name);
+        }
         if Path::new(name).is_absolute() {
             let number = number_of(Path::new(name)).map_err(|_| ImageError::NotRegular(name.into()))?;
             return Ok(Some(FileId::of_device(number)));
@@ -157,6 +163,10 @@ impl ImageDirectory {
 
     /// Opens a file of it.
     pub fn open(&self, name: &str, access: OFlags) -> Result<OwnedFd> {
+        if is_elsewhere(name) {
+            let (directory, name) = self.roots.directory_of(Path::new(name))?;
+            return directory.open(&name, access);
+        }
         // A pipe that lies among the images would keep us waiting for ever.
         // A volume's name is a link.
         let links = if Path::new(name).is_absolute() { OFlags::empty() } else { OFlags::NOFOLLOW };
@@ -271,8 +281,13 @@ impl ImageDirectory {
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())
             .map_err(|source| io_error("open directory", &path, source))?;
-        Ok(Self { path, fd })
+        Ok(Self { path, fd, roots: self.roots.clone() })
     }
+}
+
+/// Whether a name is the path of a file in another directory.
+fn is_elsewhere(name: &str) -> bool {
+    name.starts_with('/') && !name.starts_with("/dev/")
 }
 
 impl AsFd for ImageDirectory {
@@ -285,7 +300,7 @@ impl AsFd for ImageDirectory {
 pub fn trusted_directory(path: &Path) -> Result<ImageDirectory> {
     let fd = rustix::fs::openat(CWD, path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|source| io_error("open directory", path, source))?;
-    Ok(ImageDirectory { path: path.to_owned(), fd })
+    Ok(ImageDirectory { path: path.to_owned(), fd, roots: ImageRoots::new(vec![]) })
 }
 
 fn io_error(doing: &'static str, path: &Path, source: Errno) -> ImageError {

@@ -59,7 +59,7 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
         Some(new) => directory::of_image(order, new, &like, &task.disk, format),
         None => like.clone(),
     };
-    refuse_followed(order, task, &like)?;
+    refuse_followed(restores, order, task, &like)?;
     let facts = facts(restores, order, (task, artifact), &path_for(&task.format))?;
     let (method, format) = match &order.new_vm {
         Some(_) => choose_free(order.mode, facts, &artifact.format),
@@ -91,10 +91,17 @@ async fn plan_disk(restores: &Restores, order: &RestoreOrder, task: &DiskTask) -
 }
 
 /// A new image would take the place of a layer whose name says what it lies on, and it wouldn't.
-fn refuse_followed(order: &RestoreOrder, task: &DiskTask, disk: &Path) -> Result<(), Failure> {
-    match image_below(disk).filter(|_| order.new_vm.is_none()) {
+fn refuse_followed(restores: &Restores, order: &RestoreOrder, task: &DiskTask, disk: &Path) -> Result<(), Failure> {
+    if order.new_vm.is_some() {
+        return Ok(());
+    }
+    let below = match image_below(disk) {
+        Some((image, _)) => Some(image),
+        None => restores.sessions.image_below_elsewhere(&order.vm, disk).map_err(|error| failed(&error))?,
+    };
+    match below {
         None => Ok(()),
-        Some((image, _)) => {
+        Some(image) => {
             let message = format!(
                 "disk {} is a layer on {} that the VM's owner follows, and can't be replaced in place: restore it as a new \
                  VM's, or delete the snapshots that need that image first",

@@ -59,7 +59,9 @@ pub async fn accept(sessions: &Sessions, order: &Order, machine: &Machine) -> Re
         let made = left_running::make_way(vm, &sessions.roots).await;
         made.map_err(|error| Failure::refused(reasons::VM_BUSY, chain(&error)))?;
     }
-    let Disks { found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
+    let Disks { mut found, out_of_reach, graph } = disks(vm, &sessions.roots).await.map_err(|error| busy(&error))?;
+    let noted = sessions.note_not_followed(&order.vm, &mut found);
+    noted.map_err(|error| Failure::refused(reasons::VM_BUSY, chain(&error)))?;
     let wanted = select(order, found, &out_of_reach, machine.left_out())?;
     let tasks = wanted.iter().enumerate().map(|(index, disk)| task(order, index, disk, &candidates));
     let tasks = tasks.collect::<Result<Vec<_>, _>>()?;

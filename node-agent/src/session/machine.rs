@@ -188,16 +188,12 @@ impl Sessions {
         Ok((wanted, others.into_iter().map(|disk| disk.name).collect()))
     }
 
-    /// What disks that were last known as `known` are by now. Of a device only the records of its snapshots tell.
+    /// What disks that were last known as `known` are by now.
     pub(crate) fn disks_now(&self, vm: &VmKey, known: &[KnownDisk]) -> Result<Vec<KnownDisk>, JournalError> {
         let mut now: Vec<_> = known.iter().map(|disk| followed::now(disk, &self.roots)).collect();
-        if now.iter().all(|disk| !disk.path.starts_with("/dev")) {
-            return Ok(now);
-        }
-        let records = self.journal.all()?;
-        let tasks = records.iter().filter(|record| record.order.vm == *vm).flat_map(|record| &record.tasks);
-        for (device, layer) in tasks.filter_map(followed::device_and_layer) {
-            for disk in now.iter_mut().filter(|disk| disk.path == device && followed::is_layer(&layer, &self.roots)) {
+        let layers = self.layers_elsewhere(vm, now.iter().map(|disk| disk.format.as_str()))?;
+        for (image, layer) in layers {
+            for disk in now.iter_mut().filter(|disk| disk.path == image) {
                 (disk.path, disk.format) = (layer.clone(), "qcow2".into());
             }
         }

@@ -19,6 +19,7 @@
 mod accept;
 pub mod at_rest;
 mod complete;
+mod elsewhere;
 mod filled;
 mod flush;
 mod host_cuts;

@@ -4,10 +4,13 @@ use freezeframe_api::conditions::{condition, find, reasons, set, types};
 use freezeframe_api::v1alpha1::{TargetDisk, VMTargetStatus};
 use k8s_openapi::jiff::Timestamp;
 
+use crate::causes::chain;
 use crate::drivers::Layer;
 use crate::drivers::overlay::followed;
+use crate::hypervisor::VmKey;
 use crate::hypervisor::disks::FoundDisk;
 use crate::hypervisor::image::ImageRoots;
+use crate::session::Sessions;
 use crate::session::outcome::start_with;
 
 use super::stopped::known_disk;
@@ -18,6 +21,17 @@ pub fn not_followed(disks: &[FoundDisk]) -> Vec<String> {
     let said =
         disks.iter().filter_map(|disk| Some(format!("disk {}: {}", disk.name, disk.facts.not_followed.as_ref()?)));
     said.collect()
+}
+
+/// Takes note of disks that have a layer elsewhere and weren't started with that. Who never had to follow has none, and
+/// nobody's records are read for it.
+pub fn note_elsewhere(sessions: &Sessions, vm: &VmKey, status: &VMTargetStatus, disks: &mut [FoundDisk]) {
+    if find(&status.conditions, types::FOLLOW_NEEDED).is_none() {
+        return;
+    }
+    if let Err(error) = sessions.note_not_followed(vm, disks) {
+        tracing::warn!(%vm, error = chain(&error), "it isn't known whether a VM was started as it should be");
+    }
 }
 
 /// Nothing is said of it until it was needed for the first time.

@@ -71,7 +71,8 @@ async fn look(vm: &mut Vm, key: &VmKey, sessions: &Sessions, status: &mut VMTarg
         }
     }
     match disks(vm, &sessions.roots).await {
-        Ok(found) => {
+        Ok(mut found) => {
+            follow::note_elsewhere(sessions, key, status, &mut found.found);
             status.disks = found.found.iter().map(|disk| target_disk(disk, &sessions.drivers)).collect();
             rates::measure(vm, key, &found.graph, &sessions.space).await;
             rates::tell(key, &sessions.space, &mut status.disks);

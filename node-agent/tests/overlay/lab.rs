@@ -52,6 +52,8 @@ pub struct Lab {
     pub limits: Limits,
     /// The class's parameters for every order that is made.
     pub parameters: BTreeMap<String, String>,
+    /// The files that every order that is made names for disks.
+    pub targets: BTreeMap<String, String>,
     /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
     start: Vec<(String, usize)>,
     /// Images of retained snapshots that are beside the chains.
@@ -109,6 +111,7 @@ impl Lab {
             sessions,
             limits: Limits::default(),
             parameters: BTreeMap::new(),
+            targets: BTreeMap::new(),
             start: vec![],
             left_out: 0,
             retained: BTreeSet::new(),
@@ -173,7 +176,7 @@ impl Lab {
             pause: Pause::Auto,
             include: vec![],
             exclude: vec![],
-            targets: std::collections::BTreeMap::new(),
+            targets: self.targets.clone(),
             verify: Verify::Quick,
             limits: self.limits.clone(),
             deadline: Timestamp::now() + Duration::from_secs(300),

@@ -14,4 +14,5 @@ mod refusals;
 mod sequences;
 mod shapes;
 mod stopped;
+mod templates;
 mod ways;

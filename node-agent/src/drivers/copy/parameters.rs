@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::naming::Template;
 use crate::drivers::lvm::volume::Volume;
+use crate::drivers::naming::Template;
 use crate::drivers::quantity::bytes;
 use crate::drivers::{DriverError, Result};
 

@@ -22,6 +22,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::lent;
 use super::parameters::{DIRECTORY, Parameters};
 use super::prepare::header;
 use super::state::State;
@@ -121,12 +122,15 @@ pub fn real_name(name: &str) -> Result<String> {
 /// Names the new layer of an image, where one can be made.
 pub fn plan(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<String> {
     let refused = |why: String| Err(DriverError::Verify(format!("disk {}: {why}", task.disk)));
-    if image.contains(':') {
+    if image.contains(':') && !image.starts_with('/') {
         return refused(format!("QEMU would take what is before the colon of `{image}` for a protocol"));
     }
     // An image that begins somewhere in its file can't be named by a header.
     if task.format == "raw" && length(directory, image)?.next_multiple_of(SECTOR) != task.size {
         return refused(format!("it is a part of {} only", directory.join(image).display()));
+    }
+    if let Some(target) = &task.target {
+        return lent::check(task, directory, target, image).map(|()| target.clone());
     }
     let layer = match &task.path {
         Some(_) => layer_on(image, &task.format),
@@ -179,7 +183,7 @@ pub fn make_tombstone(directory: &ImageDirectory, state: &State) -> Result<Strin
 }
 
 fn tombstone(state: &State) -> String {
-    format!("{}.merged", state.disk_file)
+    state.beside_new_file("merged")
 }
 
 /// Removes what a merge leaves behind.

@@ -4,8 +4,9 @@
 //! started with it while the newest data is in the layer above: that is looked for before anything is written.
 
 use super::follow::{self, Top};
+use super::lent;
 use super::merge::{close_leftovers, close_unused, merge_live};
-use super::needs::dependents;
+use super::needs::{dependents, refuse_those_beside};
 use super::offline_merge;
 use super::place::Place;
 use super::state::State;
@@ -27,11 +28,13 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
         let why = format!("{} is another file now, or gone: {} can't be merged", image.display(), layer.display());
         return Err(DriverError::NotNow(why));
     }
+    if state.is_elsewhere() {
+        refuse_those_beside(env, directory, &state.layer, state.base)?;
+    }
     match env.vm {
         Some(vm) if was_never_cut(vm, directory, state).await? => {
             close_unused(vm, state).await?;
-            directory.unlink(&state.disk_file)?;
-            Ok(Removal::Again)
+            give_up(directory, state).await
         }
         Some(vm) => {
             let step = merge_live(env, vm, directory, state).await;
@@ -40,6 +43,9 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
         }
         // Once a merge is begun, its image's times don't tell that somebody else wrote to it.
         None if state.left => Err(follow::left_behind(directory, state)),
+        None if state.lent && !state.begun && is_all_and_empty(directory, state).await? => {
+            give_up(directory, state).await
+        }
         None => {
             if !state.begun {
                 follow::refuse_if_touched(directory, state).await?;
@@ -81,12 +87,27 @@ pub fn begin(directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -
 
 /// A VM that runs on the snapshot's image, with no merge of ours that would have brought it there: it was cut off before
 /// the cut, or was started with its old command line.
-pub async fn leave(directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
-    // A further layer in between has data when the uppermost has none.
-    let is_all = dependents(directory, state.base)? == [state.disk_file.as_str()];
-    if state.begun || !is_all || !follow::is_empty(directory, &state.disk_file).await? {
+pub async fn leave(vm: &Vm, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    if state.begun || !is_all_and_empty(directory, state).await? {
         state.left = true;
         return Err(follow::left_behind(directory, state));
+    }
+    // Descriptors that were handed over, and never used.
+    close_unused(vm, state).await?;
+    give_up(directory, state).await
+}
+
+/// Whether the layer is all that there is on the image, and has no data. A further layer in between has data when the
+/// uppermost has none.
+async fn is_all_and_empty(directory: &ImageDirectory, state: &State) -> Result<bool> {
+    let is_all = dependents(directory, state.base)? == [state.disk_file.as_str()];
+    Ok(is_all && follow::is_empty(directory, &state.disk_file).await?)
+}
+
+/// Lets go of a layer that has no data: a file of the user's is the user's again.
+async fn give_up(directory: &ImageDirectory, state: &State) -> Result<Removal> {
+    if state.lent {
+        return lent::give_back(directory, state).await;
     }
     directory.unlink(&state.disk_file)?;
     Ok(Removal::Again)

@@ -14,10 +14,11 @@ use crate::hypervisor::target_file::KnownDisk;
 /// The chain is never deeper than this; a longer one is a loop.
 const DEEPEST: usize = 1024;
 
-/// The block device that a task's disk was, and the layer that is the disk in its place.
-pub fn device_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
+/// The image that a task's disk was, and the layer elsewhere that is the disk in its place.
+pub fn image_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
     let state: State = task.state().ok().filter(|_| task.driver == "overlay")?;
-    state.is_device().then(|| (state.layer.clone().into(), state.directory.join(&state.disk_file)))
+    let elsewhere = state.is_device() || state.is_elsewhere();
+    elsewhere.then(|| (state.layer.clone().into(), state.directory.join(&state.disk_file)))
 }
 
 /// Why a disk isn't what it should be, if its VM was started with an image that a layer had been made on: whether it
@@ -25,13 +26,7 @@ pub fn device_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
 /// that layer writes to the image below it.
 pub fn not_followed(disk: &Path, format: &str, runs: bool, roots: &ImageRoots) -> Option<String> {
     if FORMATS.contains(&format) {
-        let layer = layer_over(disk, format, roots)?;
-        return Some(format!(
-            "the VM was started with {}, and what was written after a snapshot of it is in {}: delete that file to go on \
-             without it",
-            disk.display(),
-            layer.display()
-        ));
+        return layer_over(disk, format, roots).map(|layer| has_layer(disk, &layer));
     }
     let (image, _) = image_below(disk).filter(|_| !runs)?;
     let modified = |path: &Path| {
@@ -41,32 +36,50 @@ pub fn not_followed(disk: &Path, format: &str, runs: bool, roots: &ImageRoots) -
     (modified(&image)? > modified(disk)?).then(|| overwritten(&image))
 }
 
+/// What to say of a disk that a layer was made on which the VM wasn't started with.
+pub fn has_layer(image: &Path, layer: &Path) -> String {
+    format!(
+        "the VM was started with {}, and what was written after a snapshot of it is in {}: delete that file to go on without \
+         it",
+        image.display(),
+        layer.display()
+    )
+}
+
 /// The layer that is the disk in an image's place.
 pub fn layer_over(image: &Path, format: &str, roots: &ImageRoots) -> Option<PathBuf> {
     let (directory, name) = roots.directory_of(image).ok()?;
     let layer = layer_on(&name, format);
-    let below = header(&directory, &layer).ok()?.backing?;
-    let below = Path::new(&below).file_name()?.to_str()?;
-    // Its backing file may be a layer that was snapshotted since: what lies on the image is told by the name.
-    (below == name || below.starts_with(&layer)).then(|| directory.join(&layer))
+    // Its backing file may be a layer that was snapshotted since.
+    let mut below = header(&directory, &layer).ok()?.backing?;
+    for _ in 0..DEEPEST {
+        let beside = Path::new(&below).file_name()?.to_str()?;
+        if beside == name {
+            return Some(directory.join(&layer));
+        }
+        below = header(&directory, beside).ok()?.backing?;
+    }
+    None
 }
 
 /// The image at the bottom of a snapshot's, if that one was followed. What a guest wrote to it is no header to go on by.
 pub fn image_at_bottom(directory: &ImageDirectory, state: &State) -> Option<PathBuf> {
-    let (image, _) = image_below(&directory.join(&state.disk_file))?;
+    let image = image_below(&directory.join(&state.disk_file)).map(|(image, _)| image);
     let mut name = state.layer.clone();
     for _ in 0..DEEPEST {
         name = header(directory, &name).ok()?.backing?;
-        if directory.join(&name) == image {
-            return Some(image);
+        let path = directory.join(&name);
+        if Some(&path) == image.as_ref() || Path::new(&name).is_absolute() {
+            return Some(path);
         }
     }
     None
 }
 
-/// Whether a layer on a device is there, and not merged.
+/// Whether a layer on an image elsewhere is there, and not merged.
 pub fn is_layer(layer: &Path, roots: &ImageRoots) -> bool {
-    roots.directory_of(layer).is_ok_and(|(directory, name)| header(&directory, &name).is_ok())
+    let header = roots.directory_of(layer).ok().and_then(|(directory, name)| header(&directory, &name).ok());
+    header.is_some_and(|header| header.backing.is_some())
 }
 
 /// What a disk that was last known as `disk` is by now.

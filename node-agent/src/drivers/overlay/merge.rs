@@ -37,10 +37,7 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
     let directory = env.roots.directory(&state.directory)?;
-    if let Some(id) = directory.id(&state.layer).ok().flatten().filter(|_| state.is_device()) {
-        // A device may have another number at each boot.
-        state.base = id;
-    }
+    state.recognize(&directory);
     if let Some(merging) = state.merging.clone().filter(|merging| merging.done) {
         return hand_on(env, &directory, &state, &merging).await;
     }
@@ -219,7 +216,7 @@ async fn unlink_unused(env: &Env<'_>, directory: &ImageDirectory, state: &State)
 async fn finish_active(vm: &Vm, directory: &ImageDirectory, state: &mut State, place: &Place<'_>) -> Result<Removal> {
     let job = jobs::find(vm.qmp(), &state.job()).await?;
     if job.is_none() && state.keeps_name() {
-        return follow_merge::leave(directory, state).await;
+        return follow_merge::leave(vm, directory, state).await;
     }
     if job.is_none() {
         return Err(DriverError::NotNow(format!("the VM runs on {}", directory.join(&state.layer).display())));

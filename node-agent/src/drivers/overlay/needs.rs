@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::prepare::header;
 use crate::drivers::{DriverError, Env, Removal, Result};
-use crate::hypervisor::image::{FileId, ImageDirectory};
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
 use crate::hypervisor::qcow2::HeaderError;
 
 /// Nothing, if no image but `user` backs onto the file: it may be written to, and get another name. It is kept where a
@@ -44,8 +44,9 @@ pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>>
         let Some(below) = beside(directory, &backing).filter(|below| *below != name) else { continue };
         match directory.holds(below, id) {
             Ok(true) => found.push(name),
-            Ok(false) => {}
-            Err(error) if error.is_no_image() => {}
+            // Images of ours are beneath the roots.
+            Ok(false) | Err(ImageError::OutsideRoots(_)) => {}
+            Err(error) if error.is_no_image() || error.is_no_directory() => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -63,13 +64,26 @@ fn backing_of(directory: &ImageDirectory, name: &str) -> Result<Option<String>> 
     }
 }
 
-/// The name of a backing device, or of a backing file in the same directory, however the header spells its path.
+/// The path of a backing device or of a backing file in another directory, or the name of one in the same, however the
+/// header spells its path. One elsewhere by a relative path is nothing that we made.
 fn beside<'a>(directory: &ImageDirectory, backing: &'a str) -> Option<&'a str> {
     if backing.starts_with("/dev/") {
         return Some(backing);
     }
-    let path = Path::new(backing.strip_prefix("file:").unwrap_or(backing));
+    let backing = backing.strip_prefix("file:").unwrap_or(backing);
+    let path = Path::new(backing);
     let parent = path.parent()?;
-    let here = parent.as_os_str().is_empty() || parent == Path::new(".") || parent == directory.path();
-    path.file_name().filter(|_| here)?.to_str()
+    if parent.as_os_str().is_empty() || parent == Path::new(".") || parent == directory.path() {
+        return path.file_name()?.to_str();
+    }
+    path.is_absolute().then_some(backing)
+}
+
+/// Fails if an image beside one that is in another directory than `directory` was made on top of it.
+pub fn refuse_those_beside(env: &Env<'_>, directory: &ImageDirectory, image: &str, file: FileId) -> Result<()> {
+    let (beside, _) = env.roots.directory_of(Path::new(image))?;
+    let other = dependents(&beside, file)?.into_iter().find(|_| beside.path() != directory.path());
+    other.map_or(Ok(()), |other| {
+        Err(DriverError::NotNow(format!("{} was made on top of {image} and needs it", beside.join(&other).display())))
+    })
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::drivers::naming::Template;
 use crate::drivers::{DriverError, Result};
 
 /// The parameter that says whether the VM's owner starts it with what the status names.
@@ -11,6 +12,12 @@ pub const FOLLOW: &str = "follow";
 /// The parameter that says where layers on block devices go.
 pub const DIRECTORY: &str = "directory";
 
+/// The parameter that says where users' own files are.
+pub const TARGETS: &str = "targets";
+
+/// The parameter that names the former disks of qcow2 disks, beside them.
+pub const OUTPUT_TEMPLATE: &str = "outputTemplate";
+
 /// The parameters, checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
@@ -18,6 +25,10 @@ pub struct Parameters {
     pub follow: bool,
     /// Where layers on block devices go; without it none is taken.
     pub directory: Option<PathBuf>,
+    /// Below which files are that users made for layers, each namespace's in a directory of its own.
+    pub targets: Option<PathBuf>,
+    /// What a snapshot's image is called, beside the disk; as the driver likes where absent.
+    pub template: Option<Template>,
 }
 
 impl Parameters {
@@ -35,11 +46,26 @@ impl Parameters {
             (FOLLOW, "true" | "false") => self.follow = value == "true",
             (FOLLOW, other) => return Err(format!("`{other}` is neither \"true\" nor \"false\"")),
             (DIRECTORY, path) if Path::new(path).is_absolute() => self.directory = Some(path.into()),
-            (DIRECTORY, other) => return Err(format!("`{other}` is not an absolute path")),
-            _ => return Err(format!("overlay doesn't know this one; it knows {FOLLOW}, {DIRECTORY}")),
+            (TARGETS, path) if Path::new(path).is_absolute() => self.targets = Some(path.into()),
+            (OUTPUT_TEMPLATE, text) => self.template = Some(one_name(text)?),
+            (DIRECTORY | TARGETS, other) => return Err(format!("`{other}` is not an absolute path")),
+            _ => {
+                return Err(format!(
+                    "overlay doesn't know this one; it knows {FOLLOW}, {DIRECTORY}, {TARGETS}, {OUTPUT_TEMPLATE}"
+                ));
+            }
         }
         Ok(())
     }
+}
+
+/// Names change hands within one directory: in another one, a crash half way could leave the disk without a name.
+fn one_name(text: &str) -> std::result::Result<Template, String> {
+    let template = Template::parse(text)?;
+    if template.is_one_name() {
+        return Ok(template);
+    }
+    Err(format!("`{text}` leads to another directory, and a snapshot's image stays beside the disk that it was"))
 }
 
 #[cfg(test)]
@@ -52,7 +78,15 @@ mod tests {
         assert!(parse(FOLLOW, "true").unwrap().follow);
         assert_eq!(parse(FOLLOW, "false").unwrap(), Parameters::default());
         assert_eq!(parse(DIRECTORY, "/layers").unwrap().directory, Some("/layers".into()));
-        for (key, value) in [(FOLLOW, "yes"), (DIRECTORY, "layers"), ("colour", "red")] {
+        assert_eq!(parse(TARGETS, "/targets").unwrap().targets, Some("/targets".into()));
+        for (key, value) in [
+            (FOLLOW, "yes"),
+            (DIRECTORY, "layers"),
+            (TARGETS, "targets"),
+            (OUTPUT_TEMPLATE, "{vm}/{disk}"),
+            (OUTPUT_TEMPLATE, "{vm}"),
+            ("colour", "red"),
+        ] {
             let refused = parse(key, value).unwrap_err();
             assert!(matches!(&refused, DriverError::Parameter { key: found, .. } if found == key), "{refused}");
         }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use std::fs::File;
 
 use super::follow;
+use super::lent;
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
 use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew, take_back_unused};
@@ -25,6 +26,9 @@ pub async fn make_layer(roots: &ImageRoots, task: &DiskTask, state: &mut State) 
     let free = directory.free_bytes()?;
     if free < LAYER_METADATA {
         return Err(DriverError::NoSpace { path: directory.join(state.new_file()), needed: LAYER_METADATA, free });
+    }
+    if state.lent {
+        return lent::lend(task, &directory, state).await;
     }
     let unfinished = state.unfinished();
     directory.unlink(&unfinished)?;

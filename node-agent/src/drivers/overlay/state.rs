@@ -4,15 +4,19 @@ use std::path::PathBuf;
 
 use freezeframe_guard::{Exchange, Kind};
 use freezeframe_qemu::BlockGraph;
+use k8s_openapi::jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::follow::{self, Untouched};
+use super::lent;
 use super::needs::dependents;
+use super::parameters::{OUTPUT_TEMPLATE, Parameters};
 use crate::drivers::{DiskTask, DriverError, Result};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 
 /// The record of one disk's layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "a record of facts, each of its own")]
 pub struct State {
     /// Directory of the disk's image and of all its layers.
     pub directory: PathBuf,
@@ -38,6 +42,9 @@ pub struct State {
     /// Whether the VM was seen to run on that image with its data in the layer: until it runs on the layer again.
     #[serde(default)]
     pub left: bool,
+    /// Whether the new layer's file is one that the user made.
+    #[serde(default)]
+    pub lent: bool,
     /// The new layer's file, once made.
     pub overlay: Option<FileId>,
     /// Node of the disk before the cut.
@@ -91,18 +98,35 @@ fn qcow2() -> String {
     "qcow2".into()
 }
 
+/// What the disk is called once it is the snapshot's image.
+fn name_of_snapshot(task: &DiskTask, directory: &ImageDirectory, disk: &str) -> Result<String> {
+    let Some(template) = Parameters::parse(&task.parameters)?.template else {
+        return Ok(format!("{disk}.vmsnap-{}", task.id));
+    };
+    let refused = |why: String| DriverError::Parameter { key: OUTPUT_TEMPLATE.into(), why };
+    let (_, name) = template.fill(task, Timestamp::now()).map_err(refused)?;
+    if directory.names()?.contains(&name) {
+        return Err(refused(format!("{} is there already", directory.join(&name).display())));
+    }
+    Ok(name)
+}
+
 impl State {
     /// Names what will be made for a disk.
     pub fn plan(task: &DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<Self> {
         let node = graph.node(&task.node);
         let node = node.ok_or_else(|| DriverError::Verify(format!("node {} is gone", task.node)))?;
-        let (directory, name) = match task.path.as_deref() {
-            Some(path) => roots.directory_of(path)?,
-            None => (follow::directory_for(task, roots)?, node.file.clone()),
+        let (directory, name) = match (&task.target, task.path.as_deref()) {
+            (Some(_), path) => {
+                let image = path.map_or(node.file.clone(), |path| path.display().to_string());
+                (lent::directory_for(task, roots)?, image)
+            }
+            (None, Some(path)) => roots.directory_of(path)?,
+            (None, None) => (follow::directory_for(task, roots)?, node.file.clone()),
         };
         let base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(directory.join(&name)))?;
         let (disk_file, layer) = if task.format == "qcow2" {
-            let layer = format!("{name}.vmsnap-{}", task.id);
+            let layer = name_of_snapshot(task, &directory, &name)?;
             (name, layer)
         } else {
             (follow::plan(task, &directory, &name)?, name)
@@ -117,6 +141,7 @@ impl State {
             untouched: None,
             begun: false,
             left: false,
+            lent: task.target.is_some(),
             overlay: None,
             base_node: task.node.clone(),
             node_prefix: format!("ff-{}-{}", task.id, task.index),
@@ -132,6 +157,30 @@ impl State {
         self.format != "qcow2"
     }
 
+    /// Says of the files on record on which file systems they are: two may have the same inode number.
+    pub fn recognize(&mut self, directory: &ImageDirectory) {
+        let found = |name: &str| directory.id(name).ok().flatten();
+        let is_here = !self.is_device() && !self.is_elsewhere();
+        let layer = found(&self.layer);
+        // Not the directory's own number: on an overlay file system it may be another than its files'.
+        let here = found(&self.disk_file).or(layer.filter(|_| is_here)).and_then(|id| id.device);
+        let in_directory = |mut id: FileId| {
+            id.device = here;
+            id
+        };
+        match layer {
+            _ if is_here => self.base = in_directory(self.base),
+            // A device may have another number at each boot.
+            Some(id) if self.is_device() || id == self.base => self.base = id,
+            _ => {}
+        }
+        self.overlay = self.overlay.map(in_directory);
+        self.streamed_into = self.streamed_into.map(in_directory);
+        if let Some(merging) = &mut self.merging {
+            merging.above_id = in_directory(merging.above_id);
+        }
+    }
+
     /// Remembers what the image is, where the kernel would tell of a change.
     pub fn stamp(&mut self, directory: &ImageDirectory) -> Result<()> {
         if !self.is_device() {
@@ -142,7 +191,12 @@ impl State {
 
     /// Whether the snapshot's image is a block device.
     pub fn is_device(&self) -> bool {
-        self.layer.starts_with('/')
+        self.layer.starts_with("/dev/")
+    }
+
+    /// Whether the snapshot's image is a file in another directory than the layers on it.
+    pub fn is_elsewhere(&self) -> bool {
+        self.layer.starts_with('/') && !self.is_device()
     }
 
     /// The cut's change of names: the new layer becomes the disk, the disk the snapshot. None where each keeps its own.
@@ -178,7 +232,12 @@ impl State {
 
     /// Name of the layer while it is being made.
     pub fn unfinished(&self) -> String {
-        format!("{}.new", self.new_file())
+        self.beside_new_file("new")
+    }
+
+    /// A name for what is made beside the layer, and none that a user may have given to something.
+    pub fn beside_new_file(&self, end: &str) -> String {
+        format!("{}.{}.{end}", self.new_file(), self.node_prefix)
     }
 
     /// Node of the new layer. It tells for as long as this QEMU lives whether its command line is right.

@@ -1,4 +1,4 @@
-//! What a class calls its copies: a template of safe placeholders, filled into a path beneath the copies' directory.
+//! What a class calls what is made: a template of safe placeholders, filled into a path beneath a directory.
 //!
 //! The names that are filled in come from the API and from QEMU, so the result is checked again, part by part.
 
@@ -60,6 +60,11 @@ impl Template {
             return Err(format!("`{text}` has no {{disk}}, so that two disks would have one name"));
         }
         Ok(Self(parts))
+    }
+
+    /// Whether it is one name, in no directory of its own.
+    pub fn is_one_name(&self) -> bool {
+        self.0.len() == 1
     }
 
     /// The directories and the file's name for a disk, or what can't be filled in.

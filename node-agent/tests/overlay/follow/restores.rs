@@ -1,0 +1,92 @@
+//! Bringing such snapshots back.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
+use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::restore::{Restores, Turn};
+use freezeframe_node_agent::session::Sessions;
+use freezeframe_node_agent::session::journal::Journal;
+use freezeframe_node_agent::session::machine::StoppedVms;
+use freezeframe_node_agent::session::order::Order;
+use freezeframe_node_agent::session::space_watch::SpaceWatch;
+use tokio::sync::watch;
+
+use crate::lab::{Lab, Snapshot, Wanted};
+use crate::machine::view_as;
+
+use super::{Base, check, lab};
+
+fn restore_order(source: &Order, number: u32) -> RestoreOrder {
+    RestoreOrder {
+        content: format!("vmrestore-{number}"),
+        uid: format!("{number:08x}-2222-4222-8222-222222222222"),
+        restore: ("shop".into(), format!("restore-{number}")),
+        source: source.uid.clone(),
+        vm: source.vm.clone(),
+        new_vm: None,
+        directory: None,
+        step: RestoreStep::Plan,
+        pre_restore: None,
+        mode: RestoreMode::Linked,
+        include: vec![],
+        exclude: vec![],
+        stop_vm: false,
+        stop_timeout: Duration::from_millis(500),
+        verify: RestoreVerify::Quick,
+        generation: Some(1),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_comes_back_as_a_new_vms_disk_and_not_in_place() {
+    for base in [Base::Raw, Base::Qed] {
+        let mut lab = lab(base).await;
+        let taken = [lab.take().await, lab.take().await];
+        come_back_as_a_new_vms_alone(&lab, taken).await;
+        check(&mut lab, base).await;
+    }
+}
+
+/// Restores each snapshot in every way, and sees that what is made reads right.
+pub async fn come_back_as_a_new_vms_alone(lab: &Lab, taken: [u32; 2]) {
+    let journal = lab.sessions.vm_root.with_file_name("restores");
+    let Lab { sessions, snapshots, .. } = lab;
+    let sessions = Sessions {
+        vm_root: sessions.vm_root.clone(),
+        roots: sessions.roots.clone(),
+        guard: sessions.guard.clone(),
+        journal: sessions.journal.clone(),
+        drivers: sessions.drivers.clone(),
+        stopped: StoppedVms::with_files_only(),
+        boots: sessions.boots.clone(),
+        space: SpaceWatch::default(),
+    };
+    let boots = sessions.boots.clone();
+    let restores = Restores { sessions: Arc::new(sessions), journal: Journal::open(journal).unwrap(), boots };
+    let advance =
+        async |order: &RestoreOrder| match restores.advance(order, &Wanted, &watch::Sender::new(None)).await.unwrap() {
+            Turn::Over(status) => *status,
+            Turn::Again(status) => panic!("not over: {status:?}"),
+        };
+    let mut number = 0;
+    for taken in taken {
+        let Snapshot { order, views } = &snapshots[&taken];
+        for mode in [RestoreMode::Linked, RestoreMode::Full] {
+            number += 1;
+            let new_vm = Some(VmKey { namespace: "shop".into(), name: format!("new-{number}") });
+            let step = RestoreStep::Restore;
+            let status = advance(&RestoreOrder { new_vm, mode, step, ..restore_order(order, number) }).await;
+            assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
+            let made = PathBuf::from(&status.disks[0].path.0);
+            assert_eq!(view_as(&status.disks[0].format, &made), views[0]);
+            std::fs::remove_file(made).unwrap();
+        }
+        number += 1;
+        let status = advance(&restore_order(order, number)).await;
+        assert_eq!(status.phase, Some(RestoreContentPhase::Failed), "{:?}", status.conditions);
+    }
+}
