@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{BootCheck, BootResult, VMSnapshotContentStatus, Verify};
+use freezeframe_api::v1alpha1::{BootCheck, VMSnapshotContentStatus, Verify};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::at_rest;
@@ -71,11 +71,7 @@ impl Sessions {
         let disk = |artifact: &Artifact| BootDisk { path: artifact.handle.clone(), format: artifact.format.clone() };
         let disks: Vec<_> = artifacts.map(disk).collect();
         let with = boot_with(&self.vm_root, &record.order.vm).unwrap_or_default();
-        self.boots.check(&disks, &with, &self.roots).await.unwrap_or_else(|error| BootCheck {
-            result: BootResult::NotTried,
-            seconds: 0,
-            message: Some(chain(&error)),
-        })
+        self.boots.check(&disks, &with, &self.roots).await
     }
 
     /// Tells how far the copies are each time they have come a step further, for ever.
