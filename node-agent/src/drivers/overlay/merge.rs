@@ -36,7 +36,14 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 /// Takes one step of removing a disk's layer.
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
-    let directory = env.roots.directory(&state.directory)?;
+    let directory = match env.vm {
+        // Whatever has become of the name: QEMU has the images open.
+        Some(_) => env.roots.directory(&state.directory)?,
+        None => match env.roots.existing_directory(&state.directory)? {
+            Some(directory) => directory,
+            None => return Ok(Removal::Done),
+        },
+    };
     if let Some(id) = directory.id(&state.layer).ok().flatten().filter(|_| state.is_device()) {
         // A device may have another number at each boot.
         state.base = id;
