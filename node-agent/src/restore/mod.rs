@@ -41,7 +41,6 @@ use freezeframe_api::v1alpha1::{BootCheck, RestoreContentPhase, RestoreStep, Res
 use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
-use crate::causes::chain;
 use crate::crash;
 use crate::hypervisor::target_file;
 use crate::session::journal::{Journal, JournalError};

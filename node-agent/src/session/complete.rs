@@ -11,7 +11,6 @@ use super::journal::SessionRecord;
 use super::outcome::{self, Failure};
 use super::{Progress, Sessions};
 use crate::boot::BootDisk;
-use crate::causes::chain;
 use crate::drivers::{Artifact, DiskTask, DriverError, SnapshotDriver, verify};
 use crate::hypervisor::Vm;
 use crate::hypervisor::target_file::boot_with;
