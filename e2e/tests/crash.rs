@@ -271,6 +271,22 @@ async fn come_back(world: &mut World) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_lost_its_state_directory_leaves_what_it_reported_as_it_is() -> Result<()> {
+    let mut world = World::start(WorldConfig::default()).await?;
+    let taken = world.take_ready("taken", "db-1").await?;
+    world.programs.agent.kill_9()?;
+    std::fs::remove_dir_all(world.site.directory.join("agent"))?;
+    world.programs.agent.restart()?;
+    await_words(&world.programs.agent, "no record of what its node reported", 0).await?;
+    assert_eq!(world.read_snapshot("taken").await?.status, taken.status);
+    let next = world.take_ready("next", "db-1").await?;
+    let kept = images(&taken)?;
+    world.delete("taken").await?;
+    witness::check(&kept)?.ensure_frozen()?;
+    witness::check(&images(&next)?)?.ensure_frozen()
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_told_to_end_closes_its_window_first() -> Result<()> {
     let mut world = World::start(WorldConfig::default()).await?;
     let released = world.directory().join("released");

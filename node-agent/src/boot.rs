@@ -16,6 +16,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
+use crate::causes::chain;
 use crate::hypervisor::image::{ImageError, ImageRoots};
 use crate::hypervisor::still::{SANDBOX, has_sandbox};
 use crate::hypervisor::target_file::BootWith;
@@ -95,8 +96,17 @@ impl Boots {
         Self { memory_mib, timeout, accelerator, turns: Semaphore::new(at_once.max(1)) }
     }
 
-    /// Starts from the disks and says how far that came. The disks aren't changed.
-    pub async fn check(&self, disks: &[BootDisk], with: &BootWith, roots: &ImageRoots) -> Result<BootCheck, BootError> {
+    /// Starts from the disks and says how far that came. The disks aren't changed. That it couldn't be tried says nothing of
+    /// them.
+    pub async fn check(&self, disks: &[BootDisk], with: &BootWith, roots: &ImageRoots) -> BootCheck {
+        self.attempt(disks, with, roots).await.unwrap_or_else(|error| BootCheck {
+            result: BootResult::NotTried,
+            seconds: 0,
+            message: Some(chain(&error)),
+        })
+    }
+
+    async fn attempt(&self, disks: &[BootDisk], with: &BootWith, roots: &ImageRoots) -> Result<BootCheck, BootError> {
         let mut arguments = self.arguments(disks, with, roots)?;
         arguments.extend(self.accelerator.arguments().iter().map(ToString::to_string));
         if has_sandbox().await {

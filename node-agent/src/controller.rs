@@ -55,9 +55,16 @@ impl Work for Sessions {
             return delete(orders, content, order).await;
         }
         let common = &orders.context;
-        if let Some(settled) = settled(&common.work, order)? {
-            report(&common.client, content, &settled.status.unwrap_or_default()).await?;
-            return Ok(Action::await_change());
+        match due(common.work.journal.load(&order.uid)?, content) {
+            Due::Work => {}
+            Due::Report(status) => {
+                report(&common.client, content, &status).await?;
+                return Ok(Action::await_change());
+            }
+            Due::Nothing => {
+                tracing::warn!("this agent has no record of what its node reported; it is left as it is");
+                return Ok(Action::await_change());
+            }
         }
         let _turn = common.locks.turn_of_snapshot(&order.vm).await;
         let asked = Asked { orders, content };
@@ -93,10 +100,25 @@ impl Work for Sessions {
     }
 }
 
-/// A record that needs no more work, if that is what the journal has.
-fn settled(sessions: &Sessions, order: &Order) -> Result<Option<SessionRecord>, JournalError> {
-    let record = sessions.journal.load(&order.uid)?;
-    Ok(record.filter(|record| !Sessions::must_be_finished(record)))
+/// What is to be done for a snapshot that is wanted.
+#[derive(Debug, PartialEq)]
+enum Due {
+    /// Begin it, or go on with it.
+    Work,
+    /// Say again what came of it.
+    Report(Box<VMSnapshotContentStatus>),
+    /// Nothing: its record was lost with the agent's state directory. Its images may be good, so nothing else is said of
+    /// them, and what was cut once isn't cut again.
+    Nothing,
+}
+
+fn due(record: Option<SessionRecord>, content: &VMSnapshotContent) -> Due {
+    match record {
+        Some(record) if Sessions::must_be_finished(&record) => Due::Work,
+        Some(record) => Due::Report(Box::new(record.status.unwrap_or_default())),
+        None if content.status.as_ref().is_some_and(|status| status.phase.is_some()) => Due::Nothing,
+        None => Due::Work,
+    }
 }
 
 async fn delete(orders: &Orders<Sessions>, content: &VMSnapshotContent, order: &Order) -> Result<Action, OrderError> {
@@ -135,5 +157,52 @@ impl Progress for Asked<'_> {
         if let Err(error) = report(&self.orders.context.client, self.content, &status).await {
             tracing::debug!(error = chain(&error), "nobody is told how far the copies are");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn content(phase: Option<ContentPhase>) -> VMSnapshotContent {
+        let content = json!({
+            "metadata": {"name": "vmsnap-1", "uid": "1"},
+            "spec": {
+                "nodeName": "node-1",
+                "vmName": "db-1",
+                "vmSnapshotRef": {"namespace": "shop", "name": "one", "uid": "2"},
+                "drivers": [],
+                "consistency": {},
+                "quiesce": {},
+                "deadline": "2026-01-01T00:00:00Z",
+                "deletionPolicy": "Delete",
+            },
+            "status": phase.map(|phase| json!({"phase": phase})),
+        });
+        serde_json::from_value(content).unwrap()
+    }
+
+    fn record(content: &VMSnapshotContent, stage: Stage) -> SessionRecord {
+        SessionRecord { stage, status: content.status.clone(), ..SessionRecord::nothing(&Order::new(content)) }
+    }
+
+    #[test]
+    fn what_a_lost_record_had_come_to_is_neither_begun_again_nor_reported_on() {
+        for phase in [ContentPhase::Completing, ContentPhase::Ready, ContentPhase::Failed] {
+            assert_eq!(due(None, &content(Some(phase))), Due::Nothing, "{phase:?}");
+        }
+        assert_eq!(due(None, &content(None)), Due::Work);
+    }
+
+    #[test]
+    fn a_record_is_gone_on_with_until_it_needs_no_more_work() {
+        let ready = content(Some(ContentPhase::Ready));
+        for stage in [Stage::Open, Stage::Cut, Stage::Failed] {
+            assert_eq!(due(Some(record(&ready, stage)), &ready), Due::Work, "{stage:?}");
+        }
+        let status = Box::new(ready.status.clone().unwrap());
+        assert_eq!(due(Some(record(&ready, Stage::Complete)), &ready), Due::Report(status));
     }
 }

@@ -16,6 +16,7 @@ use crate::metrics::Metrics;
 use crate::report::{ReportError, call, report};
 use crate::session::Sessions;
 use crate::session::journal::{JournalError, SessionRecord, Stage};
+use crate::session::order::Order;
 use crate::session::outcome::{filled, spoilt};
 
 /// What watching needs.
@@ -62,11 +63,8 @@ impl FillWatch {
                 self.metrics.set_fill(&record.order.content, disk, fill.percent);
             }
             let uid = record.order.uid.clone();
-            let Some(news) =
-                self.write_down(&uid, &fills, &overwritten)?.or_else(|| unreported.take(&uid).map(|_| record))
-            else {
-                continue;
-            };
+            let news = self.write_down(&record.order, &fills, &overwritten)?;
+            let Some(news) = news.or_else(|| unreported.take(&uid).map(|_| record)) else { continue };
             if let Err(error) = self.tell(&news).await {
                 tracing::warn!(error = chain(&error), "how full a snapshot is can't be reported");
                 unreported.insert(uid);
@@ -78,12 +76,13 @@ impl FillWatch {
     /// The record with the new status, if that says anything new. A VM that is being worked on is looked at next time.
     fn write_down(
         &self,
-        uid: &str,
+        order: &Order,
         fills: &[(String, Fill)],
         overwritten: &[(String, String)],
     ) -> Result<Option<SessionRecord>, JournalError> {
-        let Some(record) = self.sessions.journal.load(uid)?.filter(is_whole) else { return Ok(None) };
-        let Some(_turn) = self.locks.try_turn(&record.order.vm) else { return Ok(None) };
+        // The turn first: what was loaded before it may have been written anew since.
+        let Some(_turn) = self.locks.try_turn(&order.vm) else { return Ok(None) };
+        let Some(record) = self.sessions.journal.load(&order.uid)?.filter(is_whole) else { return Ok(None) };
         let spoilt = spoilt(&record, overwritten);
         let Some(status) = spoilt.or_else(|| filled(&record, fills)) else { return Ok(None) };
         if status.phase == Some(ContentPhase::Failed) {

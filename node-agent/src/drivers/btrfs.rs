@@ -5,7 +5,7 @@
 //! file system, and a snapshot doesn't reach into subvolumes inside it.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize};
 use super::{Artifact, ChainImage, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Removal, Result};
 use super::{SnapshotDriver, Verdict, btrfs};
 use crate::hypervisor::Vm;
-use crate::hypervisor::btrfs::snapshot_read_only;
+use crate::hypervisor::btrfs::{Subvolume, snapshot_read_only};
 use crate::hypervisor::filesystem::Filesystem;
-use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
+use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, ONE_FILE};
 
 /// The driver.
 pub struct Btrfs;
@@ -31,9 +31,28 @@ struct State {
     image: PathBuf,
     /// Whether the snapshot's name was seen free, so that what has it now is ours.
     claimed: bool,
+    /// The snapshot's number on its file system, once it was seen to be one of the subvolume.
+    #[serde(default)]
+    id: Option<u64>,
 }
 
 impl State {
+    /// What we made, if it has its name still. Who may write to the subvolume may give that name to anything.
+    fn ours(&self, directory: &ImageDirectory) -> Result<Option<Subvolume>> {
+        let found = Subvolume::named(directory.as_fd(), &self.snapshot).and_then(|found| {
+            let origin = Subvolume::of(directory.as_fd())?;
+            Ok(found.filter(|found| match self.id {
+                Some(id) => found.id == id,
+                None => origin.is_some_and(|origin| found.is_snapshot_of(&origin)),
+            }))
+        });
+        Ok(found.map_err(|errno| self.io("examine", errno))?.filter(|_| self.claimed))
+    }
+
+    fn io(&self, doing: &'static str, errno: rustix::io::Errno) -> ImageError {
+        ImageError::Io { doing, path: self.path(), source: errno.into() }
+    }
+
     fn path(&self) -> PathBuf {
         self.subvolume.join(&self.snapshot)
     }
@@ -73,7 +92,7 @@ impl SnapshotDriver for Btrfs {
         };
         let image = path.strip_prefix(&subvolume).map_err(|_| ImageError::NotAFilePath(path.clone()))?.to_owned();
         let snapshot = format!(".vmsnap-{}", task.id);
-        task.set_state(&State { subvolume, snapshot, image, claimed: false })
+        task.set_state(&State { subvolume, snapshot, image, claimed: false, id: None })
     }
 
     async fn prepare(&self, _: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
@@ -101,9 +120,12 @@ impl SnapshotDriver for Btrfs {
         true
     }
 
-    async fn complete(&self, _: &Vm, _: &ImageRoots, task: &mut DiskTask) -> Result<()> {
-        let state: State = task.state()?;
+    async fn complete(&self, _: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
+        let mut state: State = task.state()?;
+        let lost = || DriverError::Verify(format!("{} isn't the snapshot that was made", state.path().display()));
+        state.id = Some(state.ours(&roots.directory(&state.subvolume)?)?.ok_or_else(lost)?.id);
         let handle = state.path().join(&state.image);
+        task.set_state(&state)?;
         task.artifact = Some(Artifact { handle, format: task.format.clone() });
         Ok(())
     }
@@ -113,10 +135,9 @@ impl SnapshotDriver for Btrfs {
             return Ok(Removal::Done);
         }
         let state: State = task.state()?;
-        let directory = env.roots.directory(&state.subvolume)?;
-        if state.claimed && directory.names()?.contains(&state.snapshot) {
-            btrfs(&["subvolume", "delete", "--commit-after"], &state.path()).await?;
-            btrfs(&["subvolume", "sync"], &state.subvolume).await?;
+        let Some(directory) = env.roots.existing_directory(&state.subvolume)? else { return Ok(Removal::Done) };
+        if let Some(snapshot) = state.ours(&directory)? {
+            delete(&state, snapshot, directory).await?;
         }
         Ok(Removal::Done)
     }
@@ -130,6 +151,9 @@ fn why_incomplete(images: &[ChainImage], subvolume: &Path) -> Option<String> {
         let below = images.get(depth + 1).map(|below| below.layer.path.as_path());
         let why = match () {
             () if !inside => format!("is outside subvolume {}", subvolume.display()),
+            () if !ONE_FILE.contains(&image.layer.format.as_str()) => {
+                "has a format whose images may be several files".into()
+            }
             () if below.is_some() && image.layer.format != "qcow2" => {
                 "has a format whose backing string isn't known".into()
             }
@@ -146,12 +170,48 @@ fn why_incomplete(images: &[ChainImage], subvolume: &Path) -> Option<String> {
     None
 }
 
+/// Deletes a snapshot, and waits until its space is free.
+async fn delete(state: &State, snapshot: Subvolume, directory: ImageDirectory) -> Result<()> {
+    // Committing waits for the disk.
+    let gone = tokio::task::spawn_blocking(move || {
+        snapshot.delete(directory.as_fd())?;
+        rustix::fs::syncfs(&directory)?;
+        Ok(directory)
+    });
+    let gone = gone.await.map_err(|error| DriverError::NotNow(error.to_string()))?;
+    let directory = gone.map_err(|errno| state.io("delete", errno))?;
+    // By the descriptor: the path may lead elsewhere by now.
+    let path = format!("/proc/{}/fd/{}", std::process::id(), directory.as_fd().as_raw_fd());
+    btrfs(&["subvolume", "sync"], Path::new(&path)).await
+}
+
 fn host_cut(state: State, disks: Vec<String>, roots: &ImageRoots) -> Result<HostCut> {
     let directory: ImageDirectory = roots.directory(&state.subvolume)?;
     let run = move || {
         let fd = directory.as_fd();
-        snapshot_read_only(fd, fd, &state.snapshot)
-            .map_err(|errno| ImageError::Io { doing: "make snapshot", path: state.path(), source: errno.into() }.into())
+        Ok(snapshot_read_only(fd, fd, &state.snapshot).map_err(|errno| state.io("make snapshot", errno))?)
     };
     Ok(HostCut { disks, run: Arc::new(run) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::drivers::Layer;
+
+    #[test]
+    fn an_image_that_may_be_several_files_is_refused() {
+        let subvolume = Path::new("/images/vm");
+        let image = |format: &str| ChainImage {
+            layer: Layer { path: subvolume.join("disk"), format: format.into() },
+            filesystem: Some(Filesystem::Btrfs { subvolume: Some(subvolume.into()) }),
+            backing: None,
+            encrypted: false,
+            writable: true,
+        };
+        for format in ["raw", "qcow2", "qed"] {
+            assert_eq!(why_incomplete(&[image(format)], subvolume), None, "{format}");
+        }
+        assert!(why_incomplete(&[image("vmdk")], subvolume).is_some_and(|why| why.contains("several files")));
+    }
 }

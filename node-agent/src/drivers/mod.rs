@@ -128,8 +128,12 @@ pub struct ChainImage {
     pub layer: Layer,
     /// The file system that it is on.
     pub filesystem: Option<Filesystem>,
-    /// The backing string of its header, where it is qcow2 and has one.
+    /// The backing string of its header, where it is qcow2 or QED and has one.
     pub backing: Option<String>,
+    /// Whether its header says that it is encrypted.
+    pub encrypted: bool,
+    /// Whether files can be made beside it.
+    pub writable: bool,
 }
 
 /// A file with a disk's data, or a part of it.

@@ -8,6 +8,7 @@
 //! Until it is complete a clone is called `….partial`: under that name everything is ours to overwrite and unlink.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,12 +21,11 @@ use serde::{Deserialize, Serialize};
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Layer, Removal, Result};
 use super::{SnapshotDriver, Verdict, qemu_img};
 use crate::hypervisor::Vm;
+use crate::hypervisor::backing::backing_of;
 use crate::hypervisor::filesystem::Filesystem;
-use crate::hypervisor::image::{FileId, ImageError, ImageRoots};
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots, ONE_FILE};
 use crate::hypervisor::share::match_copy_on_write;
 
-/// Formats whose images are one file, so that a clone of the file is a clone of the image.
-const ONE_FILE: [&str; 7] = ["raw", "qcow2", "qed", "vdi", "vpc", "vhdx", "luks"];
 /// Formats whose backing string `qemu-img` can change.
 const REBASED: [&str; 2] = ["qcow2", "qed"];
 
@@ -92,10 +92,15 @@ impl SnapshotDriver for Reflink {
         for (depth, image) in images.iter().enumerate() {
             let (path, format) = (image.layer.path.display(), image.layer.format.as_str());
             let shares = matches!(image.filesystem, Some(Filesystem::Xfs | Filesystem::Btrfs { .. }));
+            let named_or_chained = depth < below || image.backing.is_some();
             let why = match () {
                 () if !shares => "is on a file system that can't share data between files",
+                () if !image.writable => "is where nothing can be made beside it",
                 () if !ONE_FILE.contains(&format) => "has a format whose images may be several files",
                 () if depth < below && !REBASED.contains(&format) => "has a format whose backing file can't be changed",
+                () if image.encrypted && named_or_chained => {
+                    "is encrypted, and the backing file that it names can't be changed without its key"
+                }
                 () => continue,
             };
             return Verdict::Unusable(format!("{path} {why}"));
@@ -147,10 +152,12 @@ impl SnapshotDriver for Reflink {
         }
         let state: State = task.state()?;
         for image in &state.images {
-            let (directory, name) = env.roots.directory_of(&image.clone)?;
+            let parent = image.clone.parent().ok_or_else(|| ImageError::NotAFilePath(image.clone.clone()))?;
+            let Some(directory) = env.roots.existing_directory(parent)? else { continue };
             directory.unlink(file_name(&image.partial())?)?;
-            if image.id.is_some() && image.id == directory.id(&name)? {
-                directory.unlink(&name)?;
+            let name = file_name(&image.clone)?;
+            if image.id.is_some() && image.id == directory.id(name)? {
+                directory.unlink(name)?;
             }
         }
         Ok(Removal::Done)
@@ -227,11 +234,101 @@ async fn finish(roots: &ImageRoots, image: &Image, below: Option<&Image>) -> Res
         let backing = if beside { Path::new(file_name(&below.clone)?) } else { &below.clone };
         let backing = backing.to_str().ok_or_else(|| ImageError::NotAFilePath(below.clone.clone()))?;
         qemu_img(&["rebase", "-u", "-f", &image.format, "-F", &below.format, "-b", backing], &partial, None).await?;
-    } else if image.format == "qcow2" {
+    } else if REBASED.contains(&image.format.as_str()) && names_backing(&directory, &partial)? {
         // Whatever its header says: the VM runs with nothing below it.
-        qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", ""], &partial, None).await?;
+        qemu_img(&["rebase", "-u", "-f", &image.format, "-b", ""], &partial, None).await?;
     }
     let partial = file_name(&partial)?;
     directory.sync_file(partial)?;
     Ok(directory.rename_new(partial, &name)?)
+}
+
+fn names_backing(directory: &ImageDirectory, image: &Path) -> Result<bool> {
+    let mut file = File::from(directory.open(file_name(image)?, OFlags::RDONLY)?);
+    let backing = backing_of(&mut file).map_err(|source| DriverError::Header { path: image.to_owned(), source })?;
+    Ok(backing.is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::drivers::{ChainImage, Writers};
+
+    fn image(change: impl FnOnce(&mut ChainImage)) -> ChainImage {
+        let layer = Layer { path: "/images/disk.qcow2".into(), format: "qcow2".into() };
+        let filesystem = Some(Filesystem::Xfs);
+        let mut image = ChainImage { layer, filesystem, backing: None, encrypted: false, writable: true };
+        change(&mut image);
+        image
+    }
+
+    fn refusal(chain: Vec<ChainImage>) -> String {
+        let facts = DiskFacts {
+            format: "qcow2".into(),
+            source: String::new(),
+            path: Ok("/images/disk.qcow2".into()),
+            device: Err("not a device".into()),
+            filesystem: Some(Filesystem::Xfs),
+            chain: Ok(chain),
+            encrypted: false,
+            has_bitmaps: false,
+            writers: Writers::Guest,
+            not_followed: None,
+        };
+        match Reflink.can_take(&facts, &BTreeMap::new()) {
+            Verdict::Usable(_) => String::new(),
+            Verdict::Unusable(why) => why,
+        }
+    }
+
+    #[test]
+    fn a_chain_that_could_not_be_cloned_or_pointed_at_clones_is_refused_before_the_window() {
+        let plain = || image(|_| {});
+        assert_eq!(refusal(vec![plain(), plain()]), "");
+        assert!(refusal(vec![plain(), image(|base| base.writable = false)]).contains("nothing can be made"));
+        let encrypted = |backing: Option<&str>| {
+            image(|image| (image.encrypted, image.backing) = (true, backing.map(ToOwned::to_owned)))
+        };
+        assert_eq!(refusal(vec![encrypted(None)]), "");
+        assert_eq!(refusal(vec![plain(), encrypted(None)]), "");
+        for chain in [vec![encrypted(Some("disk.qcow2")), plain()], vec![encrypted(Some("/etc/shadow"))]] {
+            assert!(refusal(chain).contains("without its key"));
+        }
+    }
+
+    fn create(image: &Path, arguments: &[&str]) {
+        let mut command = Command::new("qemu-img");
+        let made = command.args(["create", "-q"]).args(arguments).arg(image).arg("1M").status().unwrap();
+        assert!(made.success(), "{arguments:?}");
+    }
+
+    /// Completes a clone of a disk that the VM runs with nothing below it; what its header names then.
+    async fn finished(arguments: &[&str]) -> Option<String> {
+        let directory = tempfile::tempdir().unwrap();
+        let roots = ImageRoots::new(vec![directory.path().to_owned()]);
+        let (clone, format) = (directory.path().join("disk.vmsnap-1"), arguments[1].to_owned());
+        let partial = appended(&clone, ".partial");
+        create(&partial, arguments);
+        let id = roots.directory(directory.path()).unwrap().id("disk.vmsnap-1.partial").unwrap();
+        let image = Image { source: directory.path().join("disk"), format, clone: clone.clone(), id };
+        finish(&roots, &image, None).await.unwrap();
+        backing_of(&mut File::open(&clone).unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_clone_names_no_backing_file_that_the_vm_does_not_run_with() {
+        for format in ["qcow2", "qed"] {
+            let names_a_file_of_the_host = ["-f", format, "-u", "-F", "raw", "-b", "/etc/hostname"];
+            assert_eq!(finished(&names_a_file_of_the_host).await, None, "{format}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_encrypted_image_is_completed_without_its_key() {
+        let (secret, options) =
+            ("secret,id=key,data=open", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10");
+        assert_eq!(finished(&["-f", "qcow2", "--object", secret, "-o", options]).await, None);
+    }
 }

@@ -1,18 +1,19 @@
 //! The disks of a running VM, as drivers and users want to know them.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use freezeframe_qemu::{BlockGraph, Disk, Error as QemuError, Node};
 use rustix::fs::OFlags;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::backing::backing_of;
 use super::device::BlockDevice;
 use super::filesystem::Filesystem;
 use super::graph::{NodeFile, NodeFiles, node_files};
 use super::image::ImageRoots;
-use super::qcow2::{Header, read_header};
+use super::qcow2::read_header;
 use super::{QMP_TIMEOUT, Vm};
 use crate::drivers::overlay::{follow, followed};
 use crate::drivers::{ChainImage, DiskFacts, Layer, Writers};
@@ -141,21 +142,20 @@ fn chain_of(top: &Node, graph: &BlockGraph, files: &NodeFiles, roots: &ImageRoot
 }
 
 fn chain_image(path: PathBuf, format: &str, roots: &ImageRoots) -> Result<ChainImage, String> {
-    let header = match format {
-        "qcow2" => Some(header_of(&path, roots)?),
-        _ => None,
+    let (directory, name) = roots.directory_of(&path).map_err(|error| error.to_string())?;
+    let open = || directory.open(&name, OFlags::RDONLY).map(File::from).map_err(|error| error.to_string());
+    let unreadable = |error| format!("{}: {error}", path.display());
+    let (backing, encrypted) = match format {
+        "qcow2" => {
+            let header = read_header(&mut open()?).map_err(unreadable)?;
+            (header.backing, header.encrypted)
+        }
+        "qed" => (backing_of(&mut open()?).map_err(unreadable)?, false),
+        _ => (None, false),
     };
-    Ok(ChainImage {
-        filesystem: Filesystem::of(&path, roots),
-        backing: header.and_then(|header| header.backing),
-        layer: Layer { path, format: format.to_owned() },
-    })
-}
-
-fn header_of(path: &Path, roots: &ImageRoots) -> Result<Header, String> {
-    let file = roots.directory_of(path).and_then(|(directory, name)| directory.open(&name, OFlags::RDONLY));
-    let file = file.map_err(|error| error.to_string())?;
-    read_header(&mut File::from(file)).map_err(|error| format!("{}: {error}", path.display()))
+    let filesystem = Filesystem::of(&path, roots);
+    let layer = Layer { path, format: format.to_owned() };
+    Ok(ChainImage { layer, filesystem, backing, encrypted, writable: directory.is_writable() })
 }
 
 /// The path under which the file is found now; a pinned one is looked up by what it is.

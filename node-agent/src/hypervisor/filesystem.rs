@@ -8,7 +8,7 @@ use super::image::ImageRoots;
 const BTRFS_MAGIC: i64 = 0x9123_683e;
 const XFS_MAGIC: i64 = 0x5846_5342;
 /// Inode of every subvolume's root directory.
-const SUBVOLUME_INODE: u64 = 256;
+pub(super) const SUBVOLUME_INODE: u64 = 256;
 
 /// The file system of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::device::number_of;
@@ -22,6 +22,17 @@ pub enum ImageError {
     /// The path is outside all roots.
     #[error("{0} is not beneath an image root of this node's agent")]
     OutsideRoots(PathBuf),
+    /// A directory isn't there, and maybe its file system isn't either.
+    #[error(
+        "{missing} is gone, but nothing at all is in {above}: if a file system isn't mounted there, mount it; if what was \
+         there is gone for good, make {missing} again, or any file in {above}"
+    )]
+    MaybeUnmounted {
+        /// The directory.
+        missing: PathBuf,
+        /// The lowest directory above it that is there.
+        above: PathBuf,
+    },
     /// Not a regular file.
     #[error("{0} is not a regular file")]
     NotRegular(PathBuf),
@@ -53,7 +64,7 @@ impl ImageError {
         match self {
             Self::NotRegular(_) => true,
             Self::Io { source, .. } => Errno::from_io_error(source).is_some_and(|errno| KINDS.contains(&errno)),
-            Self::NotAFilePath(_) | Self::OutsideRoots(_) => false,
+            Self::NotAFilePath(_) | Self::OutsideRoots(_) | Self::MaybeUnmounted { .. } => false,
         }
     }
 
@@ -70,6 +81,9 @@ impl ImageError {
         matches!(self, Self::Io { source, .. } if matches!(source.kind(), NotADirectory | NotFound))
     }
 }
+
+/// Formats whose images are one file, so that a clone of the file is a clone of the image.
+pub const ONE_FILE: [&str; 7] = ["raw", "qcow2", "qed", "vdi", "vpc", "vhdx", "luks"];
 
 type Result<T> = std::result::Result<T, ImageError>;
 
@@ -112,6 +126,20 @@ impl ImageRoots {
         let beneath = if beneath.as_os_str().is_empty() { Path::new(".") } else { beneath };
         let fd = rustix::fs::openat2(&root, beneath, flags | OFlags::RDONLY, Mode::empty(), resolve).map_err(io)?;
         Ok(ImageDirectory { path: path.to_owned(), fd, roots: self.clone() })
+    }
+
+    /// The same; none where it is gone for good, with all that was in it. A file system that isn't mounted leaves an empty
+    /// directory, so it fails where the lowest directory above is one.
+    pub fn existing_directory(&self, path: &Path) -> Result<Option<ImageDirectory>> {
+        let gone = match self.directory(path) {
+            Err(error) if error.is_not_found() => error,
+            found => return found.map(Some),
+        };
+        let above = path.ancestors().skip(1).find_map(|above| self.directory(above).ok()).ok_or(gone)?;
+        if above.names()?.iter().any(|name| name != "." && name != "..") {
+            return Ok(None);
+        }
+        Err(ImageError::MaybeUnmounted { missing: path.to_owned(), above: above.path })
     }
 }
 
@@ -248,6 +276,12 @@ impl ImageDirectory {
             .map_err(|source| io_error("touch", &self.join(name), source))
     }
 
+    /// Whether files can be made in it: a read-only snapshot of a subvolume looks like any directory.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        rustix::fs::accessat(&self.fd, ".", Access::WRITE_OK, AtFlags::empty()).is_ok()
+    }
+
     /// Names of all files in it.
     pub fn names(&self) -> Result<Vec<String>> {
         let io = |source| io_error("list directory", &self.path, source);
@@ -305,4 +339,28 @@ pub fn trusted_directory(path: &Path) -> Result<ImageDirectory> {
 
 fn io_error(doing: &'static str, path: &Path, source: Errno) -> ImageError {
     ImageError::Io { doing, path: path.to_owned(), source: source.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_gone_for_good_only_if_something_is_left_where_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        let roots = ImageRoots::new(vec![root.clone()]);
+        let (mount, vm) = (root.join("mount"), root.join("mount/shop/vm"));
+        let found = || roots.existing_directory(&vm);
+        assert!(found().is_err_and(|error| error.is_not_found()), "not even the root is there");
+        std::fs::create_dir_all(&vm).unwrap();
+        assert!(found().unwrap().is_some());
+        std::fs::remove_dir(&vm).unwrap();
+        let unmounted = |error| matches!(error, ImageError::MaybeUnmounted { above, .. } if above == mount);
+        assert!(!found().is_err_and(unmounted) && found().is_err(), "the namespace's directory is empty");
+        std::fs::remove_dir(mount.join("shop")).unwrap();
+        assert!(found().is_err_and(unmounted));
+        std::fs::create_dir(mount.join("other")).unwrap();
+        assert!(found().unwrap().is_none());
+    }
 }

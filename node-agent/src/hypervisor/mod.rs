@@ -3,6 +3,7 @@
 //! Freeze, thaw, pause and resume take the guard's [`Window`] by reference: without a guard that owes the thaw on disk,
 //! there is no value to call them with.
 
+pub mod backing;
 pub mod btrfs;
 pub mod device;
 pub mod disks;

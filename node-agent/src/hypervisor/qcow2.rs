@@ -15,6 +15,8 @@ pub struct Header {
     pub virtual_size: u64,
     /// The backing string as it stands there; relative to the image's directory unless absolute.
     pub backing: Option<String>,
+    /// Whether QEMU needs a key to work on the image.
+    pub encrypted: bool,
 }
 
 /// Why a header can't be read.
@@ -26,6 +28,9 @@ pub enum HeaderError {
     /// The backing string is longer than the format allows, or not text.
     #[error("the backing string is malformed")]
     BadBacking,
+    /// The image has a parent that can't be looked up.
+    #[error("the image has a parent, and that of a VMDK image isn't looked up")]
+    Parent,
     /// The file couldn't be read.
     #[error("failed to read the image's header")]
     Io(#[from] std::io::Error),
@@ -33,7 +38,7 @@ pub enum HeaderError {
 
 /// Reads the header of an image.
 pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError> {
-    let mut prefix = [0_u8; 32];
+    let mut prefix = [0_u8; 36];
     image.seek(SeekFrom::Start(0))?;
     image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
     if prefix[..4] != MAGIC {
@@ -41,7 +46,7 @@ pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError
     }
     let length = be32(&prefix[16..20]);
     let backing = if length == 0 { None } else { Some(read_backing(image, be64(&prefix[8..16]), length)?) };
-    Ok(Header { virtual_size: be64(&prefix[24..32]), backing })
+    Ok(Header { virtual_size: be64(&prefix[24..32]), backing, encrypted: be32(&prefix[32..36]) != 0 })
 }
 
 /// Whether an image has its data in another file (bit 2 of the incompatible features, from version 3 on).
@@ -49,10 +54,14 @@ pub fn has_external_data(image: &mut (impl Read + Seek)) -> Result<bool, HeaderE
     let mut prefix = [0_u8; 80];
     image.seek(SeekFrom::Start(0))?;
     image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
+    if prefix[..4] != MAGIC {
+        return Err(HeaderError::NotQcow2);
+    }
     Ok(be32(&prefix[4..8]) >= 3 && be64(&prefix[72..80]) & (1 << 2) != 0)
 }
 
-fn read_backing(image: &mut (impl Read + Seek), offset: u64, length: u32) -> Result<String, HeaderError> {
+/// Reads a backing string of `length` bytes at `offset`.
+pub(super) fn read_backing(image: &mut (impl Read + Seek), offset: u64, length: u32) -> Result<String, HeaderError> {
     if length > LONGEST_NAME {
         return Err(HeaderError::BadBacking);
     }
@@ -95,7 +104,7 @@ mod tests {
     #[test]
     fn a_header_gives_size_and_backing() {
         let found = read_header(&mut Cursor::new(image(b"disk.qcow2", 10))).unwrap();
-        assert_eq!(found, Header { virtual_size: 1_048_576, backing: Some("disk.qcow2".into()) });
+        assert_eq!(found, Header { virtual_size: 1_048_576, backing: Some("disk.qcow2".into()), encrypted: false });
         assert_eq!(read_header(&mut Cursor::new(image(b"", 0))).unwrap().backing, None);
     }
 

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 
 use crate::drivers::Drivers;
+use crate::hypervisor::backing::backing_of;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
-use crate::hypervisor::qcow2::{HeaderError, read_header};
 use crate::session::journal::SessionRecord;
 
 /// An image that needs the snapshot's data as it stands; drivers that merge look for themselves.
@@ -38,18 +38,14 @@ pub fn image_on_top(
 
 fn on_top_in(directory: &ImageDirectory, data: &[&Path]) -> Result<Option<PathBuf>, ImageError> {
     for name in directory.names()? {
-        // A file that isn't a qcow2 image, or isn't a file, backs onto nothing; one that can't be read may.
+        // A file that isn't an image, or isn't a file, backs onto nothing; one that can't be read may.
         let file = match directory.open(&name, OFlags::RDONLY) {
             Ok(file) => file,
             Err(error) if error.is_no_image() => continue,
             Err(error) => return Err(error),
         };
-        let header = match read_header(&mut File::from(file)) {
-            Ok(header) => header,
-            Err(HeaderError::NotQcow2) => continue,
-            Err(error) => return Err(directory.unreadable(&name, error)),
-        };
-        let below = header.backing.map(|backing| directory.path().join(backing));
+        let backing = backing_of(&mut File::from(file)).map_err(|error| directory.unreadable(&name, error))?;
+        let below = backing.map(|backing| directory.path().join(backing));
         if below.is_some_and(|below| data.contains(&below.as_path())) {
             return Ok(Some(directory.join(&name)));
         }

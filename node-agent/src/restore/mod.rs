@@ -37,12 +37,10 @@ mod volumes;
 
 use std::sync::Arc;
 
-use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{BootCheck, RestoreContentPhase, RestoreStep, RestoreVerify, VMRestoreContentStatus};
 use tokio::sync::watch;
 
 use crate::boot::{BootDisk, Boots};
-use crate::causes::chain;
 use crate::crash;
 use crate::hypervisor::target_file;
 use crate::session::journal::{Journal, JournalError};
@@ -203,7 +201,7 @@ impl Restores {
         }
         if record.order.verify == RestoreVerify::Boot && record.boot.is_none() {
             told.send_replace(Some(outcome::restoring(record, None)));
-            record.boot = Some(self.try_to_boot(record).await?);
+            record.boot = Some(self.try_to_boot(record).await);
             self.journal.save(record)?;
         }
         Ok(())
@@ -211,13 +209,12 @@ impl Restores {
 
     /// Before any name changes hands, so that nobody else has the images open. What comes of it is told, and no more:
     /// a guest without an agent, or with a data disk alone, is restored as well.
-    async fn try_to_boot(&self, record: &RestoreRecord) -> Result<BootCheck, Failure> {
+    async fn try_to_boot(&self, record: &RestoreRecord) -> BootCheck {
         let id = record.order.id();
         let image = |disk: &DiskRestore| BootDisk { path: disk.unfinished(&id), format: disk.format.clone() };
         let images: Vec<_> = record.disks.iter().map(image).collect();
         let with = target_file::boot_with(&self.sessions.vm_root, &record.order.vm).unwrap_or_default();
-        let tried = self.boots.check(&images, &with, &self.sessions.roots).await;
-        tried.map_err(|error| Failure::new(reasons::VERIFY_FAILED, chain(&error)))
+        self.boots.check(&images, &with, &self.sessions.roots).await
     }
 
     /// The snapshot's record says where images may depend on its data, before the first does.

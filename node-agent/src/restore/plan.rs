@@ -140,8 +140,9 @@ fn facts(
     let directory = directory::directory_of(roots, order, image)?;
     let shares = place(roots, &artifact.handle).is_ok_and(|(from, _)| can_share(&artifact.handle, &from, &directory));
     // QEMU takes what is before a colon for a protocol. And a disk whose chain leaves the image roots can't be worked on
-    // any more.
-    let beneath = roots.directory_of(&artifact.handle).is_ok();
+    // any more; one that goes on in a read-only subvolume not by all drivers that took it before.
+    let in_place = order.new_vm.is_none();
+    let beneath = roots.directory_of(&artifact.handle).is_ok_and(|(below, _)| !in_place || below.is_writable());
     // Who merges snapshots looks for images on top of one beside it, and nowhere else.
     let merges = restores.sessions.drivers.find(&task.driver).is_some_and(|driver| driver.merges());
     let found = !merges || artifact.handle.parent() == image.parent();

@@ -14,11 +14,14 @@ use super::order::RestoreOrder;
 use super::record::{DiskRestore, RestoreRecord};
 use crate::causes::chain;
 use crate::drivers::DiskTask;
+use crate::hypervisor::backing::backing_of;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
-use crate::hypervisor::qcow2::{HeaderError, has_external_data, read_header};
+use crate::hypervisor::qcow2::{HeaderError, has_external_data};
 use crate::session::journal::{JournalError, SessionRecord, Stage};
 use crate::session::outcome::Failure;
 
+/// Formats of images that may have a backing file.
+const LAYERED: [&str; 3] = ["qcow2", "qed", "vmdk"];
 /// A chain is never deeper than this; a longer one is a loop.
 const DEEPEST: usize = 1024;
 
@@ -109,7 +112,7 @@ pub fn place(roots: &ImageRoots, image: &Path) -> Result<(ImageDirectory, String
 /// Whether an image of a snapshot has a backing file; it fails unless all that it consists of is where it may be.
 pub fn has_backing(roots: &ImageRoots, image: &Path, format: &str) -> Result<bool, Failure> {
     let (directory, name) = place(roots, image).map_err(|error| failed(&error))?;
-    if format != "qcow2" {
+    if !LAYERED.contains(&format) {
         let found = directory.id(&name).map_err(|error| failed(&error))?;
         return found.map(|_| false).ok_or_else(|| gone(image));
     }
@@ -118,29 +121,23 @@ pub fn has_backing(roots: &ImageRoots, image: &Path, format: &str) -> Result<boo
     for _ in 0..DEEPEST {
         let Some(path) = next else { return Ok(has) };
         let (directory, name) = roots.directory_of(&path).map_err(|error| failed(&error))?;
-        next = match read(&directory, &name) {
-            Err(HeaderError::NotQcow2) => None,
-            _ => backing(&directory, &name)?,
-        };
+        next = backing(&directory, &name)?;
     }
     Err(Failure::new(reasons::RESTORE_FAILED, format!("the chain of {} comes to no end", image.display())))
 }
 
-fn read(directory: &ImageDirectory, name: &str) -> Result<(), HeaderError> {
-    let file = directory.open(name, OFlags::RDONLY).map_err(|error| std::io::Error::other(chain(&error)))?;
-    read_header(&mut File::from(file)).map(drop)
-}
-
-/// The image below a qcow2 one.
+/// The image below another, by its header.
 fn backing(directory: &ImageDirectory, name: &str) -> Result<Option<PathBuf>, Failure> {
     let path = directory.join(name);
     let mut file = File::from(directory.open(name, OFlags::RDONLY).map_err(|error| failed(&error))?);
     let bad = |what: &str| Failure::new(reasons::RESTORE_FAILED, format!("{}: {what}", path.display()));
-    let header = read_header(&mut file).map_err(|error| bad(&chain(&error)))?;
-    if has_external_data(&mut file).map_err(|error| bad(&chain(&error)))? {
-        return Err(bad("has its data in another file"));
+    let below = backing_of(&mut file).map_err(|error| bad(&chain(&error)))?;
+    match has_external_data(&mut file) {
+        Ok(true) => return Err(bad("has its data in another file")),
+        Ok(false) | Err(HeaderError::NotQcow2) => {}
+        Err(error) => return Err(bad(&chain(&error))),
     }
-    match header.backing {
+    match below {
         // QEMU takes what is before a colon for a protocol.
         Some(backing) if backing.contains(':') => Err(bad("its backing file isn't a path")),
         backing => Ok(backing.map(|backing| directory.path().join(backing))),
@@ -155,4 +152,27 @@ fn gone(image: &Path) -> Failure {
 pub fn failed(error: &(dyn std::error::Error + 'static)) -> Failure {
     let full = error.downcast_ref::<ImageError>().is_some_and(ImageError::is_no_space);
     Failure::new(if full { reasons::NO_SPACE } else { reasons::RESTORE_FAILED }, chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qed_image_has_what_its_header_names_below_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let roots = ImageRoots::new(vec![directory.path().to_owned()]);
+        let path = |name: &str| directory.path().join(name);
+        let create = |name: &str, more: &[&str]| {
+            let mut command = std::process::Command::new("qemu-img");
+            command.args(["create", "-q", "-f", "qed"]).args(more).arg(path(name)).arg("1M");
+            assert!(command.status().unwrap().success());
+        };
+        create("base", &[]);
+        create("above", &["-F", "qed", "-b", "base"]);
+        create("outside", &["-u", "-F", "raw", "-b", "/etc/hostname"]);
+        assert!(!has_backing(&roots, &path("base"), "qed").unwrap());
+        assert!(has_backing(&roots, &path("above"), "qed").unwrap());
+        assert!(has_backing(&roots, &path("outside"), "qed").is_err());
+    }
 }

@@ -84,10 +84,25 @@ fn replaced(task: &DiskTask, rows: &[Row]) -> Result<Volume, Failure> {
         let why = format!("is {} on the VM's command line, which wouldn't lead to a new volume", device.display());
         return Err(refused(format!("{why}; say {} there", path.display())));
     }
-    if rows.iter().any(|row| row.lv_name == volume.name()) {
-        return Ok(volume);
+    if !rows.iter().any(|row| row.lv_name == volume.name()) {
+        return Err(Failure::refused(
+            reasons::DISK_NOT_FOUND,
+            format!("disk {} has no volume {volume} now", task.disk),
+        ));
     }
-    Err(Failure::refused(reasons::DISK_NOT_FOUND, format!("disk {} has no volume {volume} now", task.disk)))
+    match other_kind(&volume, rows) {
+        None => Ok(volume),
+        Some(kind) => {
+            Err(refused(format!("is a volume of kind {kind}, and would become a linear one: restore it as a new VM's")))
+        }
+    }
+}
+
+/// What a volume is, if it would lose mirrors, stripes or a cache by becoming what we make: a linear one, or a thin one.
+/// LVM has a row for each of its segments.
+fn other_kind<'a>(volume: &Volume, rows: &'a [Row]) -> Option<&'a str> {
+    let kinds = rows.iter().filter(|row| row.lv_name == volume.name()).map(|row| row.segtype.as_str());
+    kinds.into_iter().find(|kind| !["linear", "thin"].contains(kind))
 }
 
 fn check_pool(pool: &Row, group: &str) -> Result<(), Failure> {
@@ -167,4 +182,36 @@ pub fn volume_at(device: &Path) -> Result<Volume, Failure> {
 
 fn volume(group: &str, name: &str) -> Result<Volume, Failure> {
     Volume::new(group, name).map_err(|error| failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn row(name: &str, segtype: &str) -> Row {
+        let row = json!({
+            "lv_name": name, "lv_uuid": "uuid", "lv_attr": "owi-aos---", "lv_size": "4194304", "lv_metadata_size": "",
+            "origin": "", "origin_size": "", "pool_lv": "", "segtype": segtype, "data_percent": "",
+            "metadata_percent": "", "lv_tags": "", "lv_health_status": "", "vg_free": "0", "vg_extent_size": "4194304",
+        });
+        serde_json::from_value(row).unwrap()
+    }
+
+    #[test]
+    fn a_volume_with_any_segment_that_would_be_made_linear_is_told() {
+        let rows = ["linear", "thin", "raid1", "striped", "cache"].map(|kind| row(kind, kind));
+        let rows = [rows.to_vec(), vec![row("mixed", "linear"), row("mixed", "striped")]].concat();
+        for (name, found) in [
+            ("linear", None),
+            ("thin", None),
+            ("raid1", Some("raid1")),
+            ("striped", Some("striped")),
+            ("cache", Some("cache")),
+            ("mixed", Some("striped")),
+        ] {
+            assert_eq!(other_kind(&volume("vg0", name).unwrap(), &rows), found, "{name}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{BootCheck, BootResult, VMSnapshotContentStatus, Verify};
+use freezeframe_api::v1alpha1::{BootCheck, VMSnapshotContentStatus, Verify};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::at_rest;
@@ -11,7 +11,6 @@ use super::journal::SessionRecord;
 use super::outcome::{self, Failure};
 use super::{Progress, Sessions};
 use crate::boot::BootDisk;
-use crate::causes::chain;
 use crate::drivers::{Artifact, DiskTask, DriverError, SnapshotDriver, verify};
 use crate::hypervisor::Vm;
 use crate::hypervisor::target_file::boot_with;
@@ -71,11 +70,7 @@ impl Sessions {
         let disk = |artifact: &Artifact| BootDisk { path: artifact.handle.clone(), format: artifact.format.clone() };
         let disks: Vec<_> = artifacts.map(disk).collect();
         let with = boot_with(&self.vm_root, &record.order.vm).unwrap_or_default();
-        self.boots.check(&disks, &with, &self.roots).await.unwrap_or_else(|error| BootCheck {
-            result: BootResult::NotTried,
-            seconds: 0,
-            message: Some(chain(&error)),
-        })
+        self.boots.check(&disks, &with, &self.roots).await
     }
 
     /// Tells how far the copies are each time they have come a step further, for ever.

@@ -166,9 +166,13 @@ pub fn failed(record: &SessionRecord, failure: &Failure) -> VMSnapshotContentSta
 pub fn removed(record: &SessionRecord, kept: &[String]) -> VMSnapshotContentStatus {
     let mut status = record.status.clone().unwrap_or_default();
     status.phase = Some(ContentPhase::Removed);
-    let state = if kept.is_empty() { DiskSnapshotState::Removed } else { DiskSnapshotState::Retained };
     for disk in &mut status.disks {
-        disk.state = state;
+        let is_kept = |task: &DiskTask| task.disk == disk.name.0 && !task.state.is_null();
+        let is_kept = !kept.is_empty() && record.tasks.iter().any(is_kept);
+        disk.state = if is_kept { DiskSnapshotState::Retained } else { DiskSnapshotState::Removed };
+        if !kept.is_empty() && !is_kept {
+            disk.handle = None;
+        }
     }
     let (reason, message) = match kept {
         [] => (reasons::DELETED, String::new()),

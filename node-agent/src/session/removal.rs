@@ -202,6 +202,11 @@ impl Sessions {
             let siblings = self.siblings(&record.order)?;
             let env = Env { vm: vm.as_ref(), roots: &self.roots, siblings: &siblings, pace: &removed.pace };
             let step = driver.remove(&env, &mut record.tasks[at]).await;
+            if matches!(step, Ok(Removal::Done)) {
+                // Another disk may be kept, and the record with it: what was this one's file may be a sibling's now.
+                let task = &mut record.tasks[at];
+                (task.state, task.artifact) = (serde_json::Value::Null, None);
+            }
             self.journal.save(record)?;
             crate::crash::point("removal-step");
             match step.map_err(|source| RemovalError::Driver { disk: disk.clone(), source: Box::new(source) })? {

@@ -28,6 +28,7 @@ mod content;
 mod copies;
 mod counting;
 mod full;
+mod hostile;
 mod instant;
 mod loopcopy;
 mod machine;

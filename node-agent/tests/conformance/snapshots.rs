@@ -6,9 +6,9 @@ use freezeframe_node_agent::drivers::Verdict;
 use freezeframe_node_agent::hypervisor::disks::disks;
 use freezeframe_node_agent::session::order::Order;
 
-use crate::cases::{Case, drivers, for_every_case, parameters};
+use crate::cases::{Case, drivers, for_every_case, for_every_case_of, parameters};
 use crate::content::Content;
-use crate::storage::Kind;
+use crate::storage::{Kind, run};
 use crate::world::World;
 
 const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
@@ -158,6 +158,33 @@ async fn three_snapshots_go_while_the_vm_is_stopped() {
             three.world.start().await;
             three.world.check_guest().await;
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_deleted_though_its_vms_directory_is_gone() {
+    for_every_case_of("qcow2", |case| async move {
+        let mut world = World::of(case).await;
+        world.write().await;
+        let order = world.order(case.driver, 1);
+        world.snapshot(&order).await;
+        world.quit().await;
+        let images = world.storage.images();
+        if case.driver == "btrfs" {
+            run("btrfs subvolume delete", &[world.artifacts(&order)[0].handle.parent().unwrap()]);
+        }
+        std::fs::remove_dir_all(&images).unwrap();
+        let (copies, root) = (case.driver == "copy", world.storage.root());
+        for left in std::fs::read_dir(&root).unwrap() {
+            std::fs::remove_dir_all(left.unwrap().path()).unwrap();
+        }
+        // So does a file system look that isn't mounted.
+        let deletion = world.sessions.delete(&order).await.unwrap();
+        let removed = find(&deletion.status.conditions, types::REMOVED).unwrap();
+        assert!(deletion.over == copies && (copies || removed.message.contains("mount")), "{}", removed.message);
+        std::fs::create_dir(root.join("another-vm")).unwrap();
+        world.delete(&order).await;
     })
     .await;
 }

@@ -1,6 +1,7 @@
 //! Deleting snapshots in every order, with the VM running, stopped, and restarted.
 
 use freezeframe_api::v1alpha1::{DeletionPolicy, DiskSnapshotState};
+use freezeframe_node_agent::session::journal::Stage;
 
 use crate::machine::{make_image, view};
 use crate::shapes::{Shape, lab};
@@ -102,6 +103,37 @@ async fn what_a_retained_snapshot_needs_is_kept() {
         lab.restart().await;
         lab.check().await;
     }
+}
+
+/// What one disk of a snapshot leaves behind is a sibling's then, and must not be taken for a file that was kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_snapshot_that_is_kept_by_half_only_that_half_is_kept() {
+    let mut lab = lab(Shape::Blockdev, 2).await;
+    let (below, above) = (lab.take().await, lab.take().await);
+    let (order, kept) = (lab.snapshots[&below].order.clone(), lab.handles(below));
+    let both = lab.handles(above);
+    let mut retained = lab.sessions.journal.load(&lab.snapshots[&above].order.uid).unwrap().unwrap();
+    let second = retained.tasks.remove(1);
+    // A snapshot of one disk, whose file was kept: it needs that disk of the one below.
+    let mut only_second = retained.clone();
+    only_second.order.uid = "ffffffffffff-0000-4000-8000-000000000000".into();
+    (only_second.tasks, only_second.stage) = (vec![second], Stage::Retained);
+    lab.sessions.journal.save(&retained).unwrap();
+    lab.sessions.journal.save(&only_second).unwrap();
+    let status = lab.delete_order(&order).await;
+    let found: Vec<_> = status.disks.iter().map(|disk| (disk.state, disk.handle.is_some())).collect();
+    assert_eq!(found, [(DiskSnapshotState::Removed, false), (DiskSnapshotState::Retained, true)]);
+    // The first disk of the snapshot above lives on under the removed one's name; nobody says that that is kept.
+    let moved = lab.sessions.journal.load(&lab.snapshots[&above].order.uid).unwrap().unwrap();
+    assert_eq!(moved.tasks[0].artifact.as_ref().unwrap().handle, kept[0]);
+    let record = lab.sessions.journal.load(&order.uid).unwrap().unwrap();
+    let named: Vec<_> = record.tasks.iter().map(|task| task.artifact.as_ref().map(|a| a.handle.clone())).collect();
+    assert_eq!(named, [None, Some(kept[1].clone())]);
+    assert!(both[1].exists() && !both[0].exists());
+    // So it can go.
+    let status = lab.delete_order(&moved.order).await;
+    assert!(status.disks.iter().all(|disk| disk.state == DiskSnapshotState::Removed), "{:?}", status.disks);
+    assert!(!kept[0].exists() && kept[1].exists());
 }
 
 /// The VM's owner has put another disk in its place; the old one, aside, still reads through the snapshot's file.

@@ -4,10 +4,11 @@ use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
 use freezeframe_node_agent::restore::order::RestoreOrder;
 
-use crate::cases::for_every;
+use crate::cases::{drivers, for_every};
 use crate::lab::{CASES, Lab};
 use crate::machine::Machine;
-use crate::storage::run;
+use crate::storage::{Kind, Storage, run};
+use crate::world::{World, disk};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_is_put_back_and_the_restore_is_undone_by_restoring_what_was_kept() {
@@ -147,4 +148,28 @@ async fn a_vm_whose_manager_starts_it_again_is_not_restored_over() {
     // Asked again, it is not shut down a second time.
     lab.refused(&order, reasons::VM_RUNNING).await;
     lab.world.check_guest().await;
+}
+
+/// The images below the restored disk's own would be in a read-only subvolume: `reflink` could make no clones beside them,
+/// and `btrfs` takes one subvolume.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_chain_came_back_from_a_subvolume_every_driver_takes_it_that_did_before() {
+    let storage = Storage::new(Kind::Btrfs);
+    let vd0 = disk(&storage, "vd0", "qcow2");
+    let base = vd0.file.with_file_name("base.qcow2");
+    std::fs::rename(&vd0.file, &base).unwrap();
+    run("qemu-img create -q -f qcow2 -F qcow2 -b base.qcow2", &[&vd0.file]);
+    let mut lab = Lab::with(World::with(storage, vec![vd0], drivers()).await);
+    lab.world.write().await;
+    let (old, old_data) = lab.snapshot("btrfs", 1).await;
+    lab.world.write().await;
+    let (before, _) = lab.stop_and_keep("btrfs", 2).await;
+    let order = lab.order_in_place(&old, &before);
+    lab.restore(&order).await;
+    lab.check_disks(&old_data);
+    lab.world.contents.clone_from(&old_data);
+    lab.world.start().await;
+    for (number, driver) in [(3, "btrfs"), (4, "reflink")] {
+        lab.snapshot(driver, number).await;
+    }
 }

@@ -36,7 +36,14 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 /// Takes one step of removing a disk's layer.
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
-    let directory = env.roots.directory(&state.directory)?;
+    let directory = match env.vm {
+        // Whatever has become of the name: QEMU has the images open.
+        Some(_) => env.roots.directory(&state.directory)?,
+        None => match env.roots.existing_directory(&state.directory)? {
+            Some(directory) => directory,
+            None => return Ok(Removal::Done),
+        },
+    };
     state.recognize(&directory);
     if let Some(merging) = state.merging.clone().filter(|merging| merging.done) {
         return hand_on(env, &directory, &state, &merging).await;

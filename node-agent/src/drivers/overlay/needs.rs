@@ -1,11 +1,13 @@
 //! Which images need a file as it stands, whoever made them.
 
+use std::fs::File;
 use std::path::Path;
 
-use super::prepare::header;
+use rustix::fs::OFlags;
+
 use crate::drivers::{DriverError, Env, Removal, Result};
+use crate::hypervisor::backing;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
-use crate::hypervisor::qcow2::HeaderError;
 
 /// Nothing, if no image but `user` backs onto the file: it may be written to, and get another name. It is kept where a
 /// kept file does.
@@ -53,14 +55,14 @@ pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>>
     Ok(found)
 }
 
-/// What a file says that it backs onto. One that isn't a qcow2 image, or isn't a file, backs onto nothing; one that can't
-/// be read may back onto anything.
+/// What a file says that it backs onto. One that isn't an image, or isn't a file, backs onto nothing; one that can't be
+/// read may back onto anything.
 fn backing_of(directory: &ImageDirectory, name: &str) -> Result<Option<String>> {
-    match header(directory, name) {
-        Ok(header) => Ok(header.backing),
-        Err(DriverError::Header { source: HeaderError::NotQcow2, .. }) => Ok(None),
-        Err(DriverError::Image(error)) if error.is_no_image() => Ok(None),
-        Err(error) => Err(error),
+    match directory.open(name, OFlags::RDONLY) {
+        Ok(file) => backing::backing_of(&mut File::from(file))
+            .map_err(|source| DriverError::Header { path: directory.join(name), source }),
+        Err(error) if error.is_no_image() => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -86,4 +88,30 @@ pub fn refuse_those_beside(env: &Env<'_>, directory: &ImageDirectory, image: &st
     other.map_or(Ok(()), |other| {
         Err(DriverError::NotNow(format!("{} was made on top of {image} and needs it", beside.join(&other).display())))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::image::ImageRoots;
+
+    #[test]
+    fn an_image_of_any_format_that_backs_onto_a_file_needs_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("base"), vec![0; 1 << 20]).unwrap();
+        let roots = ImageRoots::new(vec![directory.path().to_owned()]);
+        let opened = roots.directory(directory.path()).unwrap();
+        let base = opened.id("base").unwrap().unwrap();
+        assert_eq!(dependents(&opened, base).unwrap(), Vec::<String>::new());
+        for format in ["qcow2", "qed"] {
+            let create = ["create", "-q", "-f", format, "-F", "raw", "-b", "base"];
+            let made = std::process::Command::new("qemu-img").args(create).arg(path(format)).status().unwrap();
+            assert!(made.success());
+            assert_eq!(dependents(&opened, base).unwrap(), [format]);
+            std::fs::remove_file(path(format)).unwrap();
+        }
+        std::fs::write(path("disk.vmdk"), "# Disk DescriptorFile\nparentFileNameHint=\"base\"\n").unwrap();
+        assert!(dependents(&opened, base).is_err(), "it can't be told whether that one needs it");
+    }
 }
