@@ -10,6 +10,7 @@ mod content;
 #[path = "../conformance/counting.rs"]
 mod counting;
 mod frozen;
+mod guests;
 mod instant;
 mod machine;
 mod nested;
