@@ -35,9 +35,10 @@ async fn the_lvm_driver_passes_its_suite_on_a_node_with_real_volumes() -> Result
     // `LVM_TEST` runs some of its tests alone, to work on them.
     let chosen = if cfg!(feature = "node-vm") { "" } else { ONE };
     let only = std::env::var("LVM_TEST").unwrap_or_else(|_| chosen.to_owned());
-    let command = format!(
-        "LVM_TEST_DISK=/dev/vdb FREEZEFRAME_CACHE=/tmp/cache RUST_BACKTRACE=0 /share/lvm --test-threads=1 --nocapture {only}"
-    );
+    let suite = format!("/share/lvm --test-threads=1 --nocapture {only}");
+    let environment = "LVM_TEST_DISK=/dev/vdb FREEZEFRAME_CACHE=/tmp/cache RUST_BACKTRACE=0";
+    // On the console it can be read before the end.
+    let command = format!("set -o pipefail; {environment} {suite} 2>&1 | tee /dev/console");
     let ended = node.ask(&command, SUITE).await?;
     println!("{}", ended.output);
     ensure!(ended.code == 0, "the suite ended with {}", ended.code);

@@ -11,6 +11,8 @@ mod cases;
 #[allow(dead_code, reason = "shared with the conformance suite")]
 #[path = "../conformance/content.rs"]
 mod content;
+#[path = "../conformance/loader.rs"]
+mod loader;
 #[path = "../conformance/loopcopy.rs"]
 mod loopcopy;
 #[allow(dead_code, reason = "shared with the conformance suite")]

@@ -11,6 +11,7 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 
 use crate::cases::for_every;
 use crate::lab::{CASES, Lab};
+use crate::loader;
 use crate::machine::{Disk, Machine};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -103,13 +104,13 @@ async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
 async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
     let mut lab = Lab::of(CASES[4]).await;
     for (number, loader, result) in
-        [(1, None, BootResult::NothingBooted), (2, Some(LOADER), BootResult::ReachedBootLoader)]
+        [(1, None, BootResult::NothingBooted), (2, Some(&loader::sector()), BootResult::ReachedBootLoader)]
     {
         lab.world.write().await;
         if let Some(loader) = loader {
             lab.world.quit().await;
             let mut disk = std::fs::File::options().write(true).open(&lab.world.disks[0].file).unwrap();
-            disk.write_all(&sector(loader)).unwrap();
+            disk.write_all(loader).unwrap();
             lab.world.start().await;
             // As long as the BIOS needs: the loader ends the trial.
             lab.restores.boots = std::sync::Arc::new(Boots::new(64, Duration::from_secs(120), 1, Accelerator::Tcg));
@@ -127,25 +128,4 @@ async fn whether_the_restored_disks_boot_is_told_and_changes_nothing() {
             assert!(std::fs::read(&row.path.0).unwrap() == std::fs::read(&artifact.handle).unwrap(), "{}", row.path);
         }
     }
-}
-
-/// Reads 127 sectors by the BIOS, twice, writes them back, waits, and resets: what a boot loader does, in short.
-const LOADER: &[u8] = &[
-    0x31, 0xc0, 0x8e, 0xd8, // ds = 0
-    0xbe, 0x40, 0x7c, // si = packet
-    0xb9, 0x02, 0x00, // cx = 2
-    0xb4, 0x42, 0xcd, 0x13, // read
-    0xe2, 0xfa, // again
-    0xb4, 0x43, 0xb0, 0x00, 0xcd, 0x13, // write
-    0xb4, 0x86, 0xb9, 0x2d, 0x00, 0xba, 0xc0, 0xc6, 0xcd, 0x15, // wait for three seconds
-    0xea, 0x00, 0x00, 0xff, 0xff, // reset
-];
-
-fn sector(loader: &[u8]) -> Vec<u8> {
-    let mut sector = vec![0; 512];
-    sector[..loader.len()].copy_from_slice(loader);
-    // 127 sectors from sector 1 to 0x10000.
-    sector[0x40..0x50].copy_from_slice(&[0x10, 0, 127, 0, 0, 0, 0x00, 0x10, 1, 0, 0, 0, 0, 0, 0, 0]);
-    sector[510..].copy_from_slice(&[0x55, 0xaa]);
-    sector
 }
