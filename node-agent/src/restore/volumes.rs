@@ -194,7 +194,7 @@ mod tests {
         let row = json!({
             "lv_name": name, "lv_uuid": "uuid", "lv_attr": "owi-aos---", "lv_size": "4194304", "lv_metadata_size": "",
             "origin": "", "origin_size": "", "pool_lv": "", "segtype": segtype, "data_percent": "",
-            "metadata_percent": "", "lv_tags": "", "lv_health_status": "", "vg_free": "0", "vg_extent_size": "4194304",
+            "metadata_percent": "", "lv_tags": "", "lv_health_status": "", "vg_free": "0", "vg_extent_size": "4194304", "chunk_size": "0",
         });
         serde_json::from_value(row).unwrap()
     }
