@@ -1,8 +1,10 @@
 //! Snapshots' work orders: a session runs for each.
 
 use async_trait::async_trait;
+use freezeframe_api::conditions::{condition, reasons, set, types};
 use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContent, VMSnapshotContentStatus};
 use futures::SinkExt;
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
@@ -116,9 +118,23 @@ fn due(record: Option<SessionRecord>, content: &VMSnapshotContent) -> Due {
     match record {
         Some(record) if Sessions::must_be_finished(&record) => Due::Work,
         Some(record) => Due::Report(Box::new(record.status.unwrap_or_default())),
-        None if content.status.as_ref().is_some_and(|status| status.phase.is_some()) => Due::Nothing,
-        None => Due::Work,
+        None => match content.status.as_ref().and_then(|status| status.phase) {
+            None => Due::Work,
+            // Nobody can complete it, and until it is over the VM's other snapshots wait.
+            Some(ContentPhase::Completing) => Due::Report(Box::new(lost(content))),
+            Some(_) => Due::Nothing,
+        },
     }
+}
+
+/// What is said of a snapshot whose record was lost before its images were complete: they are named still.
+fn lost(content: &VMSnapshotContent) -> VMSnapshotContentStatus {
+    let message = "the agent's record was lost before the images were complete; what was made is left where it is";
+    let mut status = content.status.clone().unwrap_or_default();
+    status.phase = Some(ContentPhase::Failed);
+    let (reason, generation) = (reasons::AGENT_RESTARTED, content.metadata.generation);
+    set(&mut status.conditions, condition(types::READY, false, reason, message, generation, Timestamp::now()));
+    status
 }
 
 async fn delete(orders: &Orders<Sessions>, content: &VMSnapshotContent, order: &Order) -> Result<Action, OrderError> {
@@ -162,6 +178,7 @@ impl Progress for Asked<'_> {
 
 #[cfg(test)]
 mod tests {
+    use freezeframe_api::conditions::find;
     use serde_json::json;
 
     use super::*;
@@ -190,10 +207,23 @@ mod tests {
 
     #[test]
     fn what_a_lost_record_had_come_to_is_neither_begun_again_nor_reported_on() {
-        for phase in [ContentPhase::Completing, ContentPhase::Ready, ContentPhase::Failed] {
+        for phase in [ContentPhase::Ready, ContentPhase::Failed] {
             assert_eq!(due(None, &content(Some(phase))), Due::Nothing, "{phase:?}");
         }
         assert_eq!(due(None, &content(None)), Due::Work);
+    }
+
+    #[test]
+    fn a_snapshot_that_nobody_can_complete_has_failed_and_still_names_its_images() {
+        let mut incomplete = content(Some(ContentPhase::Completing));
+        let disk = json!({"name": "vda", "driver": "copy", "sizeBytes": 1, "state": "Copying",
+            "handle": "/copies/vda.qcow2"});
+        let status = json!({"phase": "Completing", "disks": [disk]});
+        incomplete.status = Some(serde_json::from_value(status).unwrap());
+        let Due::Report(told) = due(None, &incomplete) else { panic!("nothing is told") };
+        assert_eq!(told.phase, Some(ContentPhase::Failed));
+        assert_eq!(told.disks, incomplete.status.unwrap().disks);
+        assert_eq!(find(&told.conditions, types::READY).unwrap().reason, reasons::AGENT_RESTARTED);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{Artifact, ChainImage, Cut, DiskFacts, DiskTask, DriverError, Env, HostCut, Removal, Result};
 use super::{SnapshotDriver, Verdict, btrfs};
 use crate::hypervisor::Vm;
-use crate::hypervisor::btrfs::{Subvolume, snapshot_read_only};
+use crate::hypervisor::btrfs::{Subvolume, snapshot_read_only, sync};
 use crate::hypervisor::filesystem::Filesystem;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, ONE_FILE};
 
@@ -175,7 +175,7 @@ async fn delete(state: &State, snapshot: Subvolume, directory: ImageDirectory) -
     // Committing waits for the disk.
     let gone = tokio::task::spawn_blocking(move || {
         snapshot.delete(directory.as_fd())?;
-        rustix::fs::syncfs(&directory)?;
+        sync(directory.as_fd())?;
         Ok(directory)
     });
     let gone = gone.await.map_err(|error| DriverError::NotNow(error.to_string()))?;

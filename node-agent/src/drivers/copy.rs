@@ -106,11 +106,6 @@ impl State {
     }
 }
 
-/// What the names of a snapshot's nodes and jobs begin with.
-fn snapshot_prefix(task: &DiskTask) -> String {
-    format!("ff-{}-", task.id)
-}
-
 /// Where a copy goes.
 struct Place {
     root: PathBuf,
@@ -184,7 +179,7 @@ impl SnapshotDriver for Copy {
             volume,
             format,
             id: None,
-            node_prefix: format!("{}{}", snapshot_prefix(task), task.index),
+            node_prefix: format!("ff-{}-{}", task.id, task.index),
         };
         task.set_state(&state)
     }
@@ -218,11 +213,13 @@ impl SnapshotDriver for Copy {
         Ok(Cut { actions: group.iter().map(action).collect::<Result<_>>()?, ..Cut::default() })
     }
 
+    async fn go_on(&self, vm: &Vm, task: &DiskTask) -> Result<()> {
+        let state: State = task.state()?;
+        jobs::set_speed(vm.qmp(), &state.job(), Parameters::parse(&task.parameters)?.speed).await
+    }
+
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let state: State = task.state()?;
-        let speed = Parameters::parse(&task.parameters)?.speed;
-        // Those of its other disks, too: completed one after the other, they are copied at once.
-        jobs::set_speed(vm.qmp(), &snapshot_prefix(task), speed).await?;
         if let Some(volume) = &state.volume {
             jobs::wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
             task.artifact = Some(volume::finish(task, volume).await?);

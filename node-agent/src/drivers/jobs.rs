@@ -110,17 +110,14 @@ pub async fn hurry(qmp: &Qmp, id: &str) {
     }
 }
 
-/// Gives all jobs whose id begins so a speed, in bytes a second; 0 is as fast as they can. What is over needs none.
-pub async fn set_speed(qmp: &Qmp, prefix: &str, speed: u64) -> Result<()> {
-    let jobs = qmp.query_jobs(QMP_TIMEOUT).await.map_err(qemu("list the block jobs"))?;
-    for job in jobs.iter().filter(|job| job.id.starts_with(prefix) && job.status != "concluded") {
-        let arguments = json!({"device": job.id, "speed": speed});
-        let set = qmp.execute::<serde_json::Value>("block-job-set-speed", arguments, QMP_TIMEOUT).await;
-        if set.is_err() && find(qmp, &job.id).await?.is_some_and(|job| job.status != "concluded") {
-            set.map_err(qemu("set a block job's speed"))?;
-        }
+/// Gives a job a speed, in bytes a second; 0 is as fast as it can. One that is over needs none.
+pub async fn set_speed(qmp: &Qmp, id: &str, speed: u64) -> Result<()> {
+    let arguments = json!({"device": id, "speed": speed});
+    let set = qmp.execute::<serde_json::Value>("block-job-set-speed", arguments, QMP_TIMEOUT).await;
+    if set.is_err() && find(qmp, id).await?.is_none_or(|job| job.status == "concluded") {
+        return Ok(());
     }
-    Ok(())
+    set.map(drop).map_err(qemu("set a block job's speed"))
 }
 
 /// Cancels a job, if there is one, and waits until it is gone.

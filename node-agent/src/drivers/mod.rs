@@ -271,6 +271,11 @@ pub trait SnapshotDriver: Send + Sync {
         false
     }
 
+    /// Does in earnest what the cut began and what the guest mustn't wait for; may be called again.
+    async fn go_on(&self, _vm: &Vm, _task: &DiskTask) -> Result<()> {
+        Ok(())
+    }
+
     /// After the cut, all that can be slow: waits, verifies, and sets the artifact.
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()>;
 

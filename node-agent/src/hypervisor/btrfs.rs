@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::ioctl::{Getter, Setter, ioctl, opcode};
+use rustix::ioctl::{Getter, NoArg, Setter, ioctl, opcode};
 
 use super::filesystem::SUBVOLUME_INODE;
 
@@ -91,6 +91,14 @@ impl Subvolume {
         // SAFETY: the opcode is BTRFS_IOC_SNAP_DESTROY_V2, whose argument is this structure; the kernel only reads it.
         unsafe { ioctl(directory, Setter::<SNAP_DESTROY_V2, VolumeArguments>::new(arguments)) }
     }
+}
+
+/// Commits the file system's transaction and has deleted subvolumes cleared away, which `syncfs` leaves to the next half
+/// minute.
+pub fn sync(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+    const SYNC: rustix::ioctl::Opcode = opcode::none(0x94, 8);
+    // SAFETY: the opcode is BTRFS_IOC_SYNC, which takes no argument.
+    unsafe { ioctl(directory, NoArg::<SYNC>::new()) }
 }
 
 /// Makes `name` in `directory` a read-only snapshot of `subvolume`: all its files at one instant, with everything

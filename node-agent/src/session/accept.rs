@@ -5,8 +5,10 @@ use std::time::Duration;
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{ConsistencyLevel, Fallback};
 use freezeframe_qemu::{BlockGraph, FreezeStatus};
-use tokio::time::{Instant, sleep};
+use k8s_openapi::jiff::Timestamp;
+use tokio::time::{sleep, timeout};
 
+use super::complete::cancelled;
 use super::machine::Machine;
 use super::order::Order;
 use super::outcome::Failure;
@@ -19,6 +21,8 @@ use crate::drivers::overlay::left_running;
 use crate::hypervisor::disks::{Disks, FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, QMP_TIMEOUT, Vm};
 
+/// How long the guest agent may take to answer a sync before the freeze.
+const AGENT_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a guest agent that isn't there is looked for.
 const AGENT_POLL: Duration = Duration::from_millis(250);
 
@@ -32,6 +36,27 @@ pub struct Accepted {
     pub running: bool,
     /// Whether the cut needs them stopped, freeze or not.
     pub needs_pause: bool,
+}
+
+/// Waits until the guest agent answers, in the order's time: the guest may be booting. First of all, so that what is found
+/// out about the VM isn't old when it is cut. One that doesn't answer is for [`freeze`] to tell of.
+pub async fn await_agent(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Result<(), Failure> {
+    if order.required == ConsistencyLevel::Crash || !vm.run_state().await.map_err(|error| busy(&error))?.running {
+        return Ok(());
+    }
+    let until_deadline = Duration::try_from(order.deadline.duration_since(Timestamp::now())).unwrap_or_default();
+    let bound = order.agent_timeout.min(until_deadline);
+    let answers = async {
+        while vm.connect_agent(bound).await.is_err() {
+            sleep(AGENT_POLL).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = cancelled(progress) => Err(Failure::cancelled()),
+        // Whether it answered is asked again.
+        _ = timeout(bound, answers) => still_wanted(order, progress),
+    }
 }
 
 /// Connects to the order's VM, or opens its disks if it is stopped.
@@ -142,11 +167,11 @@ fn task(order: &Order, index: usize, disk: &FoundDisk, candidates: &[Candidate])
 }
 
 /// Makes sure that the guest can be frozen; none where the order does without or may do without.
-pub async fn freeze(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Result<Option<Freeze>, Failure> {
+pub async fn freeze(vm: &mut Vm, order: &Order) -> Result<Option<Freeze>, Failure> {
     if order.required == ConsistencyLevel::Crash || !vm.run_state().await.map_err(|error| busy(&error))?.running {
         return Ok(None);
     }
-    match can_freeze(vm, order, progress).await {
+    match can_freeze(vm, order).await {
         Ok(()) => Ok(Some(Freeze { mountpoints: order.mountpoints.clone(), timeout: order.freeze_timeout })),
         Err(failure) if order.fallback == Fallback::Degrade && failure.reason != reasons::GUEST_ALREADY_FROZEN => {
             tracing::warn!(reason = failure.reason, message = failure.message, "the guest will not be frozen");
@@ -156,26 +181,24 @@ pub async fn freeze(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Resu
     }
 }
 
-async fn can_freeze(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Result<(), Failure> {
+async fn can_freeze(vm: &mut Vm, order: &Order) -> Result<(), Failure> {
     let refuse = |reason, what: String| Failure::new(reason, format!("VM {}: {what}", order.vm));
     let unavailable = |error: freezeframe_qemu::Error| {
         refuse(reasons::GUEST_AGENT_UNAVAILABLE, format!("the guest agent doesn't answer: {}", chain(&error)))
     };
-    let bound = order.agent_timeout.max(AGENT_TIMEOUT);
-    await_agent(vm, order, progress).await?.map_err(unavailable)?;
-    let agent = vm.agent().ok_or(freezeframe_qemu::Error::Closed).map_err(unavailable)?;
-    if agent.fsfreeze_status(bound).await.map_err(unavailable)? == FreezeStatus::Frozen {
+    let agent = vm.connect_agent(AGENT_PATIENCE).await.map_err(unavailable)?;
+    if agent.fsfreeze_status(AGENT_TIMEOUT).await.map_err(unavailable)? == FreezeStatus::Frozen {
         let what = "the guest is frozen already, by somebody else; thaw it first".to_owned();
         return Err(refuse(reasons::GUEST_ALREADY_FROZEN, what));
     }
-    let info = agent.info(bound).await.map_err(unavailable)?;
+    let info = agent.info(AGENT_TIMEOUT).await.map_err(unavailable)?;
     let freeze = if order.mountpoints.is_empty() { "guest-fsfreeze-freeze" } else { "guest-fsfreeze-freeze-list" };
     if !info.enabled(freeze) || !info.enabled("guest-fsfreeze-thaw") {
         return Err(refuse(reasons::FREEZE_FAILED, format!("the guest agent doesn't allow {freeze} and thaw")));
     }
     if order.mountpoints.is_empty() {
         // A loop-mounted file system whose backing one is frozen first blocks the guest agent for ever.
-        let mounted = agent.filesystems(bound).await.map_err(unavailable)?;
+        let mounted = agent.filesystems(AGENT_TIMEOUT).await.map_err(unavailable)?;
         if let Some(found) = mounted.iter().find(|filesystem| filesystem.is_loop()) {
             let what = format!("{} is loop-mounted; name the mount points to freeze", found.mountpoint);
             return Err(refuse(reasons::FREEZE_FAILED, what));
@@ -184,31 +207,18 @@ async fn can_freeze(vm: &mut Vm, order: &Order, progress: &dyn Progress) -> Resu
     Ok(())
 }
 
-/// Connects to the guest agent, or says why it didn't answer in the order's time: the guest may be booting.
-async fn await_agent(
-    vm: &mut Vm,
-    order: &Order,
-    progress: &dyn Progress,
-) -> Result<Result<(), freezeframe_qemu::Error>, Failure> {
-    let end = Instant::now() + order.agent_timeout;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        match vm.connect_agent(left).await {
-            Err(error) if left <= AGENT_POLL => return Ok(Err(error)),
-            Err(_) => sleep(AGENT_POLL).await,
-            Ok(_) => return Ok(Ok(())),
-        }
-        still_wanted(order, progress)?;
-    }
-}
-
-/// Fails if a disk came, went, or changed its size or node since it was planned.
+/// Fails if a disk came, went, or changed its size or node since it was planned, or the VM was paused or let go.
 pub async fn unchanged(
     sessions: &Sessions,
     machine: &Machine,
     order: &Order,
+    running: bool,
     tasks: &[DiskTask],
 ) -> Result<(), Failure> {
+    if !machine.is_still() && check_state(order, machine.vm()).await? != running {
+        let message = format!("VM {} was paused or let go on while the snapshot was prepared", order.vm);
+        return Err(Failure::new(reasons::VM_CHANGED, message));
+    }
     let Disks { found, out_of_reach, .. } = disks(machine.vm(), &sessions.roots).await.map_err(|error| busy(&error))?;
     same_disks(&select(order, found, &out_of_reach, machine.left_out())?, tasks)
 }

@@ -33,6 +33,7 @@ impl Sessions {
     ) -> Result<(), Failure> {
         // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
         let machine = self.machine_after_cut(&record.order).await.map_err(Failure::after_cut_unreachable)?;
+        self.go_on_with(machine.vm(), &record.tasks).await;
         let (order, tasks, status) = (record.order.clone(), record.tasks.clone(), outcome::cut(record));
         // A copy may take hours. What it leaves behind when it is dropped, removing finds.
         let completed = tokio::select! {
@@ -48,6 +49,20 @@ impl Sessions {
             record.at_rest = at_rest::look(&self.roots, &record.tasks);
         }
         completed
+    }
+
+    /// Has all disks' drivers do in earnest what the cut began. What fails here, completing finds.
+    pub(super) async fn go_on_with(&self, vm: &Vm, tasks: &[DiskTask]) {
+        for task in tasks {
+            let Ok(driver) = self.driver(task) else { continue };
+            if let Err(error) = driver.go_on(vm, task).await {
+                tracing::warn!(
+                    disk = task.disk,
+                    error = crate::causes::chain(&error),
+                    "what the cut began goes on slowly"
+                );
+            }
+        }
     }
 
     async fn complete_each(&self, vm: &Vm, record: &mut SessionRecord) -> Result<(), Failure> {

@@ -166,6 +166,9 @@ impl Sessions {
         if let Machine::Own(vm) = &*machine {
             shortening::make_way(vm).await?;
         }
+        if !machine.is_still() {
+            accept::await_agent(machine.vm_mut(), &order, progress).await?;
+        }
         let accepted = accept::accept(self, &order, machine).await?;
         record.tasks = accepted.tasks;
         for task in &mut record.tasks {
@@ -182,10 +185,10 @@ impl Sessions {
         }
         space::check_areas(record, &self.drivers, &self.space)?;
         crash::point("prepared");
-        let freeze = accept::freeze(machine.vm_mut(), &order, progress).await?;
+        let freeze = accept::freeze(machine.vm_mut(), &order).await?;
         flush::flush(machine.vm_mut(), &record.tasks, freeze.is_some()).await;
         still_wanted(&order, progress)?;
-        accept::unchanged(self, machine, &order, &record.tasks).await?;
+        accept::unchanged(self, machine, &order, accepted.running, &record.tasks).await?;
         let plan = self.plan(&record.tasks, &order, freeze, accepted.running, accepted.needs_pause)?;
         let measured = match machine {
             Machine::Own(vm) => self.window(vm, &order, &plan).await?,
@@ -196,6 +199,7 @@ impl Sessions {
         record.stage = Stage::Cut;
         self.journal.save(record)?;
         crash::point("recorded");
+        self.go_on_with(machine.vm(), &record.tasks).await;
         Ok(())
     }
 
