@@ -141,8 +141,6 @@ impl SnapshotDriver for Overlay {
         let mut state: State = task.state()?;
         prepare::pin_base(vm, roots, &state).await?;
         prepare::verify(vm, roots, task, &state).await?;
-        let handle = state.directory.join(&state.layer);
-        task.artifact = Some(super::Artifact { handle, format: state.format.clone() });
         if state.keeps_name() && state.untouched.is_none() {
             let directory = roots.directory(&state.directory)?;
             follow_merge::refuse_if_left(vm, roots, &directory, &state).await?;
@@ -150,6 +148,8 @@ impl SnapshotDriver for Overlay {
             state.stamp(&directory)?;
             task.set_state(&state)?;
         }
+        let handle = state.directory.join(&state.layer);
+        task.artifact = Some(super::Artifact { handle, format: state.format.clone() });
         Ok(())
     }
 

@@ -33,6 +33,12 @@ pub enum ImageError {
         /// The lowest directory above it that is there.
         above: PathBuf,
     },
+    /// A directory has nothing in it, and had images.
+    #[error(
+        "nothing at all is in {0}: if a file system isn't mounted there, mount it; if what was there is gone for good, \
+         make any file in it"
+    )]
+    Empty(PathBuf),
     /// Not a regular file.
     #[error("{0} is not a regular file")]
     NotRegular(PathBuf),
@@ -64,7 +70,7 @@ impl ImageError {
         match self {
             Self::NotRegular(_) => true,
             Self::Io { source, .. } => Errno::from_io_error(source).is_some_and(|errno| KINDS.contains(&errno)),
-            Self::NotAFilePath(_) | Self::OutsideRoots(_) | Self::MaybeUnmounted { .. } => false,
+            Self::NotAFilePath(_) | Self::OutsideRoots(_) | Self::MaybeUnmounted { .. } | Self::Empty(_) => false,
         }
     }
 
@@ -136,10 +142,10 @@ impl ImageRoots {
             found => return found.map(Some),
         };
         let above = path.ancestors().skip(1).find_map(|above| self.directory(above).ok()).ok_or(gone)?;
-        if above.names()?.iter().any(|name| name != "." && name != "..") {
-            return Ok(None);
+        if above.is_empty()? {
+            return Err(ImageError::MaybeUnmounted { missing: path.to_owned(), above: above.path });
         }
-        Err(ImageError::MaybeUnmounted { missing: path.to_owned(), above: above.path })
+        Ok(None)
     }
 }
 
@@ -152,6 +158,15 @@ pub struct ImageDirectory {
 }
 
 impl ImageDirectory {
+    /// Itself, unless it is empty, as one is where a file system isn't mounted.
+    pub fn mounted(self) -> Result<Self> {
+        if self.is_empty()? { Err(ImageError::Empty(self.path)) } else { Ok(self) }
+    }
+
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.names()?.iter().all(|name| name == "." || name == ".."))
+    }
+
     /// The directory's path.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -354,7 +369,10 @@ mod tests {
         let found = || roots.existing_directory(&vm);
         assert!(found().is_err_and(|error| error.is_not_found()), "not even the root is there");
         std::fs::create_dir_all(&vm).unwrap();
-        assert!(found().unwrap().is_some());
+        assert!(matches!(found().unwrap().unwrap().mounted(), Err(ImageError::Empty(path)) if path == vm));
+        std::fs::write(vm.join("image"), "").unwrap();
+        assert!(found().unwrap().unwrap().mounted().is_ok());
+        std::fs::remove_file(vm.join("image")).unwrap();
         std::fs::remove_dir(&vm).unwrap();
         let unmounted = |error| matches!(error, ImageError::MaybeUnmounted { above, .. } if above == mount);
         assert!(!found().is_err_and(unmounted) && found().is_err(), "the namespace's directory is empty");

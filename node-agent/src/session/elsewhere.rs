@@ -23,7 +23,7 @@ impl Sessions {
         let records = self.journal.all()?;
         let of_vm = records.iter().filter(|record| record.order.vm == *vm && record.stage != Stage::Removed);
         let layers = of_vm.flat_map(|record| &record.tasks).filter_map(followed::image_and_layer);
-        Ok(layers.filter(|(_, layer)| followed::is_layer(layer, &self.roots)).collect())
+        Ok(layers.filter(|(image, layer)| followed::is_layer(image, layer, &self.roots)).collect())
     }
 
     /// The image that has a layer elsewhere, where a disk of a VM is or was at that image or that layer.

@@ -3,7 +3,7 @@
 //! The image is the VM owner's, so nothing here unlinks it. And nothing but the owner's good will keeps a VM from being
 //! started with it while the newest data is in the layer above: that is looked for before anything is written.
 
-use super::follow::{self, Top};
+use super::follow::{self, Top, Untouched};
 use super::lent;
 use super::merge::{close_leftovers, close_unused, merge_live};
 use super::needs::{dependents, refuse_those_beside};
@@ -19,6 +19,9 @@ use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let (top, is_there) = (Top::look(directory, state)?, directory.holds(&state.layer, state.base)?);
     let needed = is_there && !dependents(directory, state.base)?.is_empty();
+    if env.vm.is_none() && is_there && top == Top::Nothing {
+        refuse_if_lost(directory, state)?;
+    }
     if !needed && (top != Top::Image || is_there) {
         follow::clear(directory, state)?;
         return close_leftovers(env, state).await;
@@ -43,7 +46,7 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
         }
         // Once a merge is begun, its image's times don't tell that somebody else wrote to it.
         None if state.left => Err(follow::left_behind(directory, state)),
-        None if state.lent && !state.begun && is_all_and_empty(directory, state).await? => {
+        None if state.lent && !state.completed && !state.begun && is_all_and_empty(directory, state).await? => {
             give_up(directory, state).await
         }
         None => {
@@ -57,6 +60,26 @@ pub async fn remove(env: &Env<'_>, directory: &ImageDirectory, state: &mut State
             step
         }
     }
+}
+
+/// Fails if a layer on an image elsewhere, which may be the disk, isn't there, with nothing that says why: its file system
+/// may not be either. One beside its image is gone, and so is one whose VM went on without it.
+fn refuse_if_lost(directory: &ImageDirectory, state: &State) -> Result<()> {
+    let is_apart = state.is_device() || state.is_elsewhere();
+    if !is_apart || !state.completed || state.begun || state.left {
+        return Ok(());
+    }
+    if let Some(before) = state.untouched
+        && Untouched::look(directory, &state.layer)? != before
+    {
+        return Ok(());
+    }
+    let (image, layer) = (directory.join(&state.layer), directory.join(&state.disk_file));
+    Err(DriverError::NotNow(format!(
+        "{} isn't there, which is the disk since the snapshot: bring it back, or start the VM with {} to go on without it",
+        layer.display(),
+        image.display()
+    )))
 }
 
 /// Makes the layer newer than what a merge wrote to the image below it, since it tells by that whether the VM ran on it.
@@ -104,11 +127,14 @@ async fn is_all_and_empty(directory: &ImageDirectory, state: &State) -> Result<b
     Ok(is_all && follow::is_empty(directory, &state.disk_file).await?)
 }
 
-/// Lets go of a layer that has no data: a file of the user's is the user's again.
-async fn give_up(directory: &ImageDirectory, state: &State) -> Result<Removal> {
-    if state.lent {
+/// Lets go of a layer that has no data: a file of the user's is the user's again. But one that the owner was told to
+/// start the VM with goes: under that name an empty disk must not be found.
+async fn give_up(directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
+    if state.lent && !state.completed {
         return lent::give_back(directory, state).await;
     }
+    // Told next time from a layer whose file system isn't there.
+    state.begun = true;
     directory.unlink(&state.disk_file)?;
     Ok(Removal::Again)
 }

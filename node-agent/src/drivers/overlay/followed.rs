@@ -76,10 +76,23 @@ pub fn image_at_bottom(directory: &ImageDirectory, state: &State) -> Option<Path
     None
 }
 
-/// Whether a layer on an image elsewhere is there, and not merged.
-pub fn is_layer(layer: &Path, roots: &ImageRoots) -> bool {
-    let header = roots.directory_of(layer).ok().and_then(|(directory, name)| header(&directory, &name).ok());
-    header.is_some_and(|header| header.backing.is_some())
+/// Whether a layer on an image elsewhere is there, and not merged. What has its name may be another disk's by now.
+pub fn is_layer(image: &Path, layer: &Path, roots: &ImageRoots) -> bool {
+    let Ok((directory, mut name)) = roots.directory_of(layer) else { return false };
+    for _ in 0..DEEPEST {
+        match header(&directory, &name).ok().and_then(|found| found.backing) {
+            Some(below) if Path::new(&below).is_absolute() => return is_same(Path::new(&below), image),
+            Some(below) => name = below,
+            None => return false,
+        }
+    }
+    false
+}
+
+/// Whether two names are of one image: a device's may be links.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    one == other || real(one).is_some_and(|one| real(other) == Some(one))
 }
 
 /// What a disk that was last known as `disk` is by now.

@@ -91,14 +91,15 @@ pub async fn refuse_unless_empty(directory: &ImageDirectory, state: &State) -> R
     Err(DriverError::Target { path: directory.join(&state.disk_file), why })
 }
 
-/// Gives the file back as it was, if there was no cut: empty, and on top of nothing. QEMU must not have it open.
+/// Gives the file back as it was, if the snapshot was never complete: empty, and on top of nothing. QEMU must not have it open.
 pub async fn give_back(directory: &ImageDirectory, state: &State) -> Result<Removal> {
-    let path = directory.join(&state.disk_file);
     if header(directory, &state.disk_file)?.backing.as_deref() == Some(&state.layer) {
+        let path = directory.join(&state.disk_file);
         qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", ""], &path, None).await?;
         directory.sync_file(&state.disk_file)?;
     }
-    Ok(Removal::Kept(format!("{} was made by its user and is left", path.display())))
+    // Not kept: the record must claim it no more, since its user may lend it to another disk.
+    Ok(Removal::Done)
 }
 
 /// Why there is no use for a target, where there is none.

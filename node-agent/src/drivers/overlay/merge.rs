@@ -36,10 +36,13 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 /// Takes one step of removing a disk's layer.
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
+    state.completed = task.artifact.is_some();
     let directory = match env.vm {
         // Whatever has become of the name: QEMU has the images open.
         Some(_) => env.roots.directory(&state.directory)?,
         None => match env.roots.existing_directory(&state.directory)? {
+            // A merge that was begun may have left it empty.
+            Some(directory) if state.completed && !state.begun => directory.mounted()?,
             Some(directory) => directory,
             None => return Ok(Removal::Done),
         },

@@ -45,6 +45,9 @@ pub struct State {
     /// Whether the new layer's file is one that the user made.
     #[serde(default)]
     pub lent: bool,
+    /// Whether the snapshot was complete, by its task: its owner was told what to start the VM with.
+    #[serde(skip)]
+    pub completed: bool,
     /// The new layer's file, once made.
     pub overlay: Option<FileId>,
     /// Node of the disk before the cut.
@@ -142,6 +145,7 @@ impl State {
             begun: false,
             left: false,
             lent: task.target.is_some(),
+            completed: false,
             overlay: None,
             base_node: task.node.clone(),
             node_prefix: format!("ff-{}-{}", task.id, task.index),

@@ -248,11 +248,10 @@ async fn the_status_says_to_start_the_vm_with_the_users_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_nothing_was_written_to_is_given_back_running_or_not() {
+async fn a_file_the_owner_was_told_of_goes_though_nothing_was_written_to_it_running_or_not() {
     for running in [true, false] {
         let mut lent = Lent::start(Base::Raw).await;
         write_target_file(&lent.lab, &lent.base.image(&lent.lab));
-        let before = std::fs::metadata(lent.target()).unwrap().len();
         let (number, order) = lent.order();
         assert_eq!(lent.lab.advance(&order).await.phase, Some(ContentPhase::Ready));
         let views = lent.lab.views();
@@ -263,13 +262,38 @@ async fn a_file_that_nothing_was_written_to_is_given_back_running_or_not() {
             lent.lab.machine.start().await;
         }
         lent.delete(number).await;
-        assert_eq!((lent.below(), std::fs::metadata(lent.target()).unwrap().len()), (None, before));
+        assert!(!lent.target().exists(), "a VM started with it would find an empty disk");
         if !running {
             lent.lab.machine.start().await;
         }
         let again = lent.take().await;
         lent.delete(again).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_whose_file_system_is_not_there_is_not_taken_for_merged() {
+    let mut lent = Lent::start(Base::Raw).await;
+    let taken = lent.take().await;
+    lent.lab.write().await;
+    lent.lab.machine.kill();
+    let order = lent.lab.snapshots[&taken].order.clone();
+    let away = lent.targets.0.join("away");
+    std::fs::rename(lent.target(), &away).unwrap();
+    for (others, why) in [(false, "nothing at all is in"), (true, FILE)] {
+        let other = lent.target().with_file_name("other");
+        if others {
+            std::fs::write(&other, "").unwrap();
+        }
+        let deletion = lent.lab.sessions.delete(&order).await.unwrap();
+        assert!(!deletion.over, "others {others}");
+        let told = format!("{:?}", deletion.status.conditions);
+        assert!(told.contains(why), "{told}");
+        drop(std::fs::remove_file(other));
+    }
+    std::fs::rename(&away, lent.target()).unwrap();
+    lent.delete(taken).await;
+    lent.follow().await;
 }
 
 type Spoil = fn(&Path);
