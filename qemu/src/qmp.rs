@@ -338,13 +338,19 @@ struct VersionNumbers {
 }
 
 async fn read_greeting(stream: &UnixStream, incoming: &mut Incoming) -> Result<String> {
-    let line = incoming.line(stream).await?;
-    let message = Message::parse(&line)?;
-    let greeting = message.greeting.ok_or_else(|| Error::protocol("it did not begin with a greeting"))?;
-    let greeting: Greeting = serde_json::from_str(greeting.get())
-        .map_err(|error| Error::protocol(format!("its greeting is malformed: {error}")))?;
-    let VersionNumbers { major, minor, micro } = greeting.version.qemu;
-    Ok(format!("{major}.{minor}.{micro}"))
+    loop {
+        let line = incoming.line(stream).await?;
+        let message = Message::parse(&line)?;
+        // To a client that connects while QEMU starts it may tell of an event before it greets (seen with 7.2).
+        if message.event.is_some() {
+            continue;
+        }
+        let greeting = message.greeting.ok_or_else(|| Error::protocol("it did not begin with a greeting"))?;
+        let greeting: Greeting = serde_json::from_str(greeting.get())
+            .map_err(|error| Error::protocol(format!("its greeting is malformed: {error}")))?;
+        let VersionNumbers { major, minor, micro } = greeting.version.qemu;
+        return Ok(format!("{major}.{minor}.{micro}"));
+    }
 }
 
 #[cfg(test)]

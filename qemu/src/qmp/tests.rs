@@ -59,6 +59,16 @@ async fn execute(qmp: &Qmp, command: &str, timeout: Duration) -> Result<Value, E
 }
 
 #[tokio::test]
+async fn an_event_before_the_greeting_is_no_breach_of_the_protocol() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut peer = Peer { stream: theirs };
+    peer.say(r#"{"event":"RESUME","timestamp":{"seconds":1,"microseconds":2}}"#).await;
+    peer.say(GREETING).await;
+    let (qmp, _) = tokio::join!(Qmp::connect(ours, SOON), peer.answer(json!({})));
+    assert_eq!(qmp.unwrap().version(), "7.2.22");
+}
+
+#[tokio::test]
 async fn greeting_and_capabilities_make_a_connection() {
     let (qmp, _peer) = connected().await;
     assert_eq!(qmp.version(), "7.2.22");
