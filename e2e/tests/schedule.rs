@@ -197,6 +197,7 @@ async fn the_snapshots_of_a_schedule_that_is_to_take_them_with_it_go_and_the_hel
         Ok(at_rest(&made_by(&world, &schedule).await?).then_some(()))
     })
     .await?;
+    await_object(&world.snapshots(), &held, "to be nobody's", SOON, |held| held.owner_references().is_empty()).await?;
     schedules(&world).delete("often", &DeleteParams::default()).await?;
     let left = await_condition("the held snapshot alone to be left", SOON, async || {
         let left = made_by(&world, &schedule).await?;
@@ -206,8 +207,9 @@ async fn the_snapshots_of_a_schedule_that_is_to_take_them_with_it_go_and_the_hel
     .map_err(|error| world.with_logs(error))?;
     assert_eq!(left[0].name_any(), held);
     witness::check(&images(&left[0])?)?.ensure_frozen()?;
+    assert_eq!(left[0].metadata.deletion_timestamp, None, "it outlives its schedule");
     world.snapshots().patch(&held, &PatchParams::default(), &set_hold(false)).await?;
-    world.await_gone(&held).await?;
+    world.delete(&held).await?;
     assert_eq!(files(&world.image_directory("db-1"))?, before, "each layer that was made is gone");
     world.guest()?.await_records(20, Duration::from_secs(30)).await.map(drop)
 }
