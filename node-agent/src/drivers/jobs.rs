@@ -7,6 +7,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{DriverError, Result, qemu};
+use crate::causes::chain;
 use crate::hypervisor::QMP_TIMEOUT;
 
 /// A job that moves nothing for this long is stuck.
@@ -101,12 +102,11 @@ pub async fn end(qmp: &Qmp, id: &str) -> Result<()> {
 
 /// Lets a job go as fast as it can, and on where it was made to rest. What is over by then needs neither.
 pub async fn hurry(qmp: &Qmp, id: &str) {
-    for (command, arguments) in
-        [("job-resume", json!({"id": id})), ("block-job-set-speed", json!({"device": id, "speed": 0}))]
-    {
-        if let Err(error) = qmp.execute::<serde_json::Value>(command, arguments, QMP_TIMEOUT).await {
-            tracing::debug!(job = id, command, %error, "a job was not hurried");
-        }
+    if let Err(error) = qmp.execute::<serde_json::Value>("job-resume", json!({"id": id}), QMP_TIMEOUT).await {
+        tracing::debug!(job = id, %error, "a job was not resumed");
+    }
+    if let Err(error) = set_speed(qmp, id, 0).await {
+        tracing::debug!(job = id, error = chain(&error), "a job was not hurried");
     }
 }
 
