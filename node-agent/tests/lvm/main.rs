@@ -18,6 +18,8 @@ mod loader;
 mod machine;
 mod nested;
 mod node;
+#[path = "../restore/order.rs"]
+mod restore_order;
 mod restores;
 mod targets;
 mod world;

@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{
-    ContentPhase, RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify, VMRestoreContentStatus,
-    VMSnapshotContentStatus,
+    ContentPhase, RestoreContentPhase, RestoreMode, VMRestoreContentStatus, VMSnapshotContentStatus,
 };
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::boot::{Accelerator, Boots};
@@ -27,6 +26,7 @@ use tokio::sync::watch;
 
 use crate::content::{Content, qemu_io};
 use crate::node::{GROUP, lvm, names, run, thick, thin};
+use crate::restore_order;
 use crate::world::{World, roots};
 
 const ORDER: &str = "FREEZEFRAME_TEST_ORDER";
@@ -92,24 +92,8 @@ pub fn restores(run: &Path) -> Restores {
 }
 
 pub fn order(number: u32, source: &Taken, kept: Option<&Taken>) -> RestoreOrder {
-    RestoreOrder {
-        content: format!("vmrestore-{number}"),
-        uid: format!("{number:08x}-2222-4222-8222-222222222222"),
-        restore: ("shop".into(), format!("restore-{number}")),
-        source: source.order.uid.clone(),
-        vm: World::key(),
-        new_vm: None,
-        directory: None,
-        step: RestoreStep::Restore,
-        pre_restore: kept.map(|kept| kept.order.uid.clone()),
-        mode: RestoreMode::Linked,
-        include: vec![],
-        exclude: vec![],
-        stop_vm: false,
-        stop_timeout: Duration::from_millis(500),
-        verify: RestoreVerify::Quick,
-        generation: Some(1),
-    }
+    let pre_restore = kept.map(|kept| kept.order.uid.clone());
+    RestoreOrder { pre_restore, ..restore_order::order(number, &source.order) }
 }
 
 pub fn to_new(number: u32, source: &Taken, name: &str, mode: RestoreMode) -> RestoreOrder {

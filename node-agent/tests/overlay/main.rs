@@ -11,6 +11,8 @@ mod machine;
 mod names;
 mod orders;
 mod refusals;
+#[path = "../restore/order.rs"]
+mod restore_order;
 mod sequences;
 mod shapes;
 mod stopped;

@@ -18,6 +18,7 @@ use crate::cases::Case;
 use crate::content::Content;
 use crate::machine::Disk;
 use crate::node;
+use crate::order::order;
 use crate::storage::Kind;
 use crate::world::World;
 
@@ -87,7 +88,7 @@ impl Lab {
     /// An order to bring all disks of a snapshot back, in place.
     pub fn order(&mut self, source: &Order) -> RestoreOrder {
         self.restored += 1;
-        node::order(self.restored, source)
+        order(self.restored, source)
     }
 
     pub fn order_in_place(&mut self, source: &Order, before: &Order) -> RestoreOrder {

@@ -33,5 +33,6 @@ mod elsewhere;
 mod in_place;
 mod lab;
 mod node;
+mod order;
 mod refusals;
 mod to_new;

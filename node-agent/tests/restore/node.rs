@@ -1,12 +1,11 @@
 //! The restores of a node whose files are all in one directory, as its agent has them; in this process, or in one of its
-//! own that can be killed. Other suites have it too.
+//! own that can be killed.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{RestoreMode, RestoreStep, RestoreVerify};
 use freezeframe_guard::client::Guard;
 use freezeframe_node_agent::boot::{Accelerator, Boots};
 use freezeframe_node_agent::drivers::Drivers;
@@ -16,7 +15,6 @@ use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
-use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 
 /// Where nothing boots, all of it is waited.
@@ -40,28 +38,6 @@ pub fn restores(run: &Path, roots: ImageRoots, drivers: Drivers) -> Restores {
         boots: boots.clone(),
     };
     Restores { sessions: Arc::new(sessions), journal: Journal::open(run.join("restores")).unwrap(), boots }
-}
-
-/// An order to bring all disks of a snapshot back, in place.
-pub fn order(number: u32, source: &Order) -> RestoreOrder {
-    RestoreOrder {
-        content: format!("vmrestore-{number}"),
-        uid: format!("{number:08x}-2222-4222-8222-222222222222"),
-        restore: ("shop".into(), format!("restore-{number}")),
-        source: source.uid.clone(),
-        vm: source.vm.clone(),
-        new_vm: None,
-        directory: None,
-        step: RestoreStep::Restore,
-        pre_restore: None,
-        mode: RestoreMode::Linked,
-        include: vec![],
-        exclude: vec![],
-        stop_vm: false,
-        stop_timeout: Duration::from_millis(500),
-        verify: RestoreVerify::Quick,
-        generation: Some(1),
-    }
 }
 
 /// This test program once more, to be an agent that works on an order: `test` is the test that does, with [`asked`].

@@ -2,44 +2,22 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
-use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep, RestoreVerify};
+use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, RestoreStep};
 use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::Sessions;
 use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
-use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use tokio::sync::watch;
 
 use crate::lab::{Lab, Snapshot, Wanted};
 use crate::machine::view_as;
+use crate::restore_order;
 
 use super::{Base, check, lab};
-
-fn restore_order(source: &Order, number: u32) -> RestoreOrder {
-    RestoreOrder {
-        content: format!("vmrestore-{number}"),
-        uid: format!("{number:08x}-2222-4222-8222-222222222222"),
-        restore: ("shop".into(), format!("restore-{number}")),
-        source: source.uid.clone(),
-        vm: source.vm.clone(),
-        new_vm: None,
-        directory: None,
-        step: RestoreStep::Plan,
-        pre_restore: None,
-        mode: RestoreMode::Linked,
-        include: vec![],
-        exclude: vec![],
-        stop_vm: false,
-        stop_timeout: Duration::from_millis(500),
-        verify: RestoreVerify::Quick,
-        generation: Some(1),
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_comes_back_as_a_new_vms_disk_and_not_in_place() {
@@ -78,15 +56,14 @@ pub async fn come_back_as_a_new_vms_alone(lab: &Lab, taken: [u32; 2]) {
         for mode in [RestoreMode::Linked, RestoreMode::Full] {
             number += 1;
             let new_vm = Some(VmKey { namespace: "shop".into(), name: format!("new-{number}") });
-            let step = RestoreStep::Restore;
-            let status = advance(&RestoreOrder { new_vm, mode, step, ..restore_order(order, number) }).await;
+            let status = advance(&RestoreOrder { new_vm, mode, ..restore_order::order(number, order) }).await;
             assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
             let made = PathBuf::from(&status.disks[0].path.0);
             assert_eq!(view_as(&status.disks[0].format, &made), views[0]);
             std::fs::remove_file(made).unwrap();
         }
         number += 1;
-        let status = advance(&restore_order(order, number)).await;
+        let status = advance(&RestoreOrder { step: RestoreStep::Plan, ..restore_order::order(number, order) }).await;
         assert_eq!(status.phase, Some(RestoreContentPhase::Failed), "{:?}", status.conditions);
     }
 }
