@@ -34,6 +34,7 @@ mod loopcopy;
 mod machine;
 mod merges;
 mod shapes;
+mod snapshot_order;
 mod snapshots;
 mod space;
 mod steps;

@@ -4,11 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use freezeframe_api::names::DriverName;
-use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContentStatus,
-    Verify,
-};
+use freezeframe_api::v1alpha1::{ContentPhase, VMSnapshotContentStatus};
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
 use freezeframe_node_agent::boot::{Accelerator, Boots};
@@ -20,18 +16,17 @@ use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 use tokio::sync::watch;
 
 use crate::cases::{Case, drivers, parameters};
 use crate::content::{Content, SIZE};
 use crate::machine::{Disk, Machine};
+use crate::snapshot_order::snapshot_order;
 use crate::storage::{Kind, Storage, run};
 
-const SOON: Duration = Duration::from_secs(30);
 /// A busy machine must not break a window.
-const HOLD: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(30);
 
 pub struct World {
     // Dropped in this order: QEMU before the file system it uses.
@@ -180,31 +175,7 @@ impl World {
 
     /// An order for all disks with one driver.
     pub fn order(&self, driver: &str, number: u32) -> Order {
-        Order {
-            content: format!("vmsnap-{number}"),
-            uid: format!("{number:08x}-1111-4111-8111-111111111111"),
-            snapshot: ("shop".into(), format!("snapshot-{number}")),
-            vm: Self::key(),
-            drivers: vec![ClassDriver {
-                name: DriverName(driver.into()),
-                parameters: parameters(driver, self.copies.path()),
-            }],
-            required: ConsistencyLevel::Crash,
-            fallback: Fallback::Fail,
-            agent_timeout: SOON,
-            freeze_timeout: SOON,
-            max_hold: HOLD,
-            mountpoints: vec![],
-            pause: Pause::Auto,
-            include: vec![],
-            exclude: vec![],
-            targets: std::collections::BTreeMap::new(),
-            verify: Verify::Quick,
-            limits: Limits::default(),
-            deadline: Timestamp::now() + SignedDuration::from_secs(600),
-            deletion_policy: DeletionPolicy::Delete,
-            generation: Some(1),
-        }
+        snapshot_order(number, Self::key(), driver, parameters(driver, self.copies.path()), SOON)
     }
 
     /// Takes a snapshot to its end, good or bad.

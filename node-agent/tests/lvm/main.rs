@@ -21,6 +21,8 @@ mod node;
 #[path = "../restore/order.rs"]
 mod restore_order;
 mod restores;
+#[path = "../conformance/snapshot_order.rs"]
+mod snapshot_order;
 mod targets;
 mod world;
 

@@ -3,10 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use freezeframe_api::names::DriverName;
-use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContentStatus, Verify,
-};
+use freezeframe_api::v1alpha1::VMSnapshotContentStatus;
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
 use freezeframe_node_agent::boot::{Accelerator, Boots};
@@ -21,7 +18,6 @@ use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 use tokio::sync::watch;
 
@@ -29,10 +25,10 @@ use crate::content::Content;
 use crate::counting;
 use crate::machine::Machine;
 use crate::node::{GROUP, Lv, lvm};
+use crate::snapshot_order::snapshot_order;
 
-const SOON: Duration = Duration::from_secs(60);
 /// LVM's commands take seconds where they are emulated on a busy machine.
-const HOLD: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(60);
 const MOST_STEPS: usize = 8;
 /// A session, with what has to be tried again.
 const ADVANCED: Duration = Duration::from_secs(240);
@@ -198,28 +194,7 @@ impl World {
     /// An order for all disks with `lvm` alone.
     pub fn order(number: u32) -> Order {
         let parameters = [("size".to_owned(), "100%ORIGIN".to_owned())].into();
-        Order {
-            content: format!("vmsnap-{number}"),
-            uid: format!("{number:08x}-1111-4111-8111-111111111111"),
-            snapshot: ("shop".into(), format!("snapshot-{number}")),
-            vm: Self::key(),
-            drivers: vec![ClassDriver { name: DriverName("lvm".into()), parameters }],
-            required: ConsistencyLevel::Crash,
-            fallback: Fallback::Fail,
-            agent_timeout: SOON,
-            freeze_timeout: SOON,
-            max_hold: HOLD,
-            mountpoints: vec![],
-            pause: Pause::Auto,
-            include: vec![],
-            exclude: vec![],
-            targets: std::collections::BTreeMap::new(),
-            verify: Verify::Quick,
-            limits: Limits::default(),
-            deadline: Timestamp::now() + SignedDuration::from_secs(600),
-            deletion_policy: DeletionPolicy::Delete,
-            generation: Some(1),
-        }
+        snapshot_order(number, Self::key(), "lvm", parameters, SOON)
     }
 
     /// Takes a snapshot to its end, good or bad.

@@ -9,7 +9,7 @@ use freezeframe_api::v1alpha1::{ContentPhase, DeletionPolicy};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-use crate::lab::{Snapshot, Wanted};
+use crate::lab::{Lab, Snapshot, Wanted};
 use crate::shapes::{Shape, lab};
 
 /// Drops `work` at its `polls`th await that had to wait, as a crash would; what it came to if it was done before.
@@ -26,11 +26,9 @@ pub async fn cut_off<T>(work: impl Future<Output = T>, polls: usize) -> Option<T
     .await
 }
 
-/// A snapshot whose agent dies at every point in turn; QEMU dies too at every second one.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_cut_off_anywhere_ends_ready_or_leaves_nothing() {
-    let mut lab = lab(Shape::Blockdev, 2).await;
-    let old = lab.take().await;
+/// Takes snapshots whose agent dies at every point in turn, until one is whole; QEMU dies too at every second one. Each
+/// ends ready, and is deleted, or leaves nothing.
+pub async fn take_cut_off_anywhere(lab: &mut Lab) {
     let mut whole = false;
     let mut polls: usize = 1;
     while !whole {
@@ -57,9 +55,16 @@ async fn a_snapshot_cut_off_anywhere_ends_ready_or_leaves_nothing() {
         }
         polls += 1;
     }
+    println!("{polls} points");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_cut_off_anywhere_ends_ready_or_leaves_nothing() {
+    let mut lab = lab(Shape::Blockdev, 2).await;
+    let old = lab.take().await;
+    take_cut_off_anywhere(&mut lab).await;
     lab.delete(old).await;
     lab.check().await;
-    println!("{polls} points");
 }
 
 /// Deletions that are cut off: the first, a middle and the last snapshot in turn.

@@ -4,11 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use freezeframe_api::names::DriverName;
-use freezeframe_api::v1alpha1::{
-    ClassDriver, ConsistencyLevel, ContentPhase, DeletionPolicy, Fallback, Limits, Pause, VMSnapshotContentStatus,
-    Verify,
-};
+use freezeframe_api::v1alpha1::{ContentPhase, Limits, VMSnapshotContentStatus};
 use freezeframe_guard::client::Guard;
 use freezeframe_guard::{Server, StateDir, Timing};
 use freezeframe_node_agent::boot::{Accelerator, Boots};
@@ -20,13 +16,13 @@ use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::order::Order;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use freezeframe_node_agent::session::{Progress, Sessions, Turn};
-use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use crate::machine::{Drive, Machine, REGIONS, View, view};
+use crate::snapshot_order::snapshot_order;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -161,27 +157,11 @@ impl Lab {
 
     pub fn order(&mut self) -> (u32, Order) {
         self.taken += 1;
+        let vm = VmKey { namespace: "shop".into(), name: "db".into() };
         let order = Order {
-            content: format!("vmsnap-{}", self.taken),
-            uid: format!("{:012x}-0000-4000-8000-000000000000", self.taken),
-            snapshot: ("shop".into(), format!("s{}", self.taken)),
-            vm: VmKey { namespace: "shop".into(), name: "db".into() },
-            drivers: vec![ClassDriver { name: DriverName("overlay".into()), parameters: self.parameters.clone() }],
-            required: ConsistencyLevel::Crash,
-            fallback: Fallback::Fail,
-            agent_timeout: Duration::from_secs(5),
-            freeze_timeout: Duration::from_secs(5),
-            max_hold: Duration::from_secs(5),
-            mountpoints: vec![],
-            pause: Pause::Auto,
-            include: vec![],
-            exclude: vec![],
             targets: self.targets.clone(),
-            verify: Verify::Quick,
             limits: self.limits.clone(),
-            deadline: Timestamp::now() + Duration::from_secs(300),
-            deletion_policy: DeletionPolicy::Delete,
-            generation: Some(1),
+            ..snapshot_order(self.taken, vm, "overlay", self.parameters.clone(), Duration::from_secs(5))
         };
         (self.taken, order)
     }

@@ -15,6 +15,8 @@ mod refusals;
 mod restore_order;
 mod sequences;
 mod shapes;
+#[path = "../conformance/snapshot_order.rs"]
+mod snapshot_order;
 mod stopped;
 mod templates;
 mod ways;

@@ -1,11 +1,9 @@
 //! Snapshots whose images the class names, beside the disks.
 
 use freezeframe_api::conditions::{find, reasons, types};
-use freezeframe_api::v1alpha1::ContentPhase;
 
-use crate::crashes::cut_off;
-use crate::lab::{Lab, Snapshot, Wanted};
-use crate::machine::view;
+use crate::crashes::take_cut_off_anywhere;
+use crate::lab::Lab;
 use crate::orders::orders;
 use crate::shapes::{Shape, lab};
 
@@ -85,34 +83,7 @@ async fn a_template_that_leads_to_another_directory_refuses_the_class_by_its_key
     lab.check().await;
 }
 
-/// QEMU dies too at every second point.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_named_snapshot_cut_off_anywhere_ends_ready_or_leaves_nothing() {
-    let mut lab = named(1).await;
-    let mut whole = false;
-    let mut polls: usize = 1;
-    while !whole {
-        lab.write().await;
-        let (number, order) = lab.order();
-        whole = cut_off(Box::pin(lab.sessions.advance(&order, &Wanted)), polls).await.is_some();
-        if polls.is_multiple_of(2) {
-            lab.restart().await;
-        }
-        println!("polls {polls}");
-        lab.write().await;
-        let status = lab.advance(&order).await;
-        match status.phase {
-            Some(ContentPhase::Ready) => {
-                let views = lab.handles_of(&order).iter().map(|image| view(image)).collect();
-                lab.snapshots.insert(number, Snapshot { order, views });
-                lab.check().await;
-                lab.delete(number).await;
-            }
-            Some(ContentPhase::Failed) => {}
-            other => panic!("{other:?}: {:?}", status.conditions),
-        }
-        lab.check().await;
-        polls += 1;
-    }
-    println!("{polls} points");
+    take_cut_off_anywhere(&mut named(1).await).await;
 }

@@ -18,6 +18,8 @@ mod loopcopy;
 #[allow(dead_code, reason = "shared with the conformance suite")]
 #[path = "../conformance/machine.rs"]
 mod machine;
+#[path = "../conformance/snapshot_order.rs"]
+mod snapshot_order;
 #[allow(dead_code, reason = "shared with the conformance suite")]
 #[path = "../conformance/storage.rs"]
 mod storage;
