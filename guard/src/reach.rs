@@ -28,15 +28,24 @@ pub(crate) enum Reach {
 pub(crate) async fn reach(root: &Path, endpoint: &Endpoint, timeout: Duration) -> Reach {
     match connect_beneath(root, &endpoint.path, timeout).await {
         Ok((stream, found)) => match differs(endpoint, &found) {
+            // A second QEMU that was started by mistake took the socket's name.
+            Some(how) if process_lives(endpoint) => Reach::Unclear(out_of_reach(how)),
             Some(how) => Reach::Gone(how),
             None => Reach::Connected(stream),
         },
-        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::ConnectionRefused => {
-            Reach::Gone("nobody listens on its socket")
-        }
         Err(error) if is_missing(&error) && !process_lives(endpoint) => Reach::Gone("its socket is gone"),
+        Err(error) if is_refused(&error) && !process_lives(endpoint) => Reach::Gone("nobody listens on its socket"),
         Err(error) => Reach::Unclear(error),
     }
+}
+
+/// What to say of a VM that lives on behind a socket which no name leads to any more.
+fn out_of_reach(how: &'static str) -> Error {
+    Error::Io { doing: "reach a VM that runs", source: std::io::Error::other(how) }
+}
+
+fn is_refused(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::ConnectionRefused)
 }
 
 /// Whether there is no socket at the path: nothing, something else, or a way that leads elsewhere.

@@ -156,8 +156,13 @@ impl Drop for FakeVm {
 }
 
 pub fn endpoint(root: &Path, name: &str) -> Endpoint {
+    endpoint_of(root, name, std::process::id())
+}
+
+/// The endpoint of a VM whose process is `pid`.
+pub fn endpoint_of(root: &Path, name: &str, pid: u32) -> Endpoint {
     let found = std::fs::symlink_metadata(root.join(name)).unwrap();
-    let peer_pid = i32::try_from(std::process::id()).unwrap();
+    let peer_pid = i32::try_from(pid).unwrap();
     let identity = SocketIdentity { device: found.dev(), inode: found.ino(), peer_pid, peer_uid: found.uid() };
     Endpoint::new(name, &identity)
 }

@@ -1,10 +1,11 @@
 //! How a guest is brought back.
 
 use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Stdio};
 
 use freezeframe_guard::{Applied, Kind, Record};
 
-use crate::fake_vm::FakeVm;
+use crate::fake_vm::{FakeVm, endpoint_of};
 use crate::harness::{Harness, until};
 
 /// Arms `record` and has the guard act on it at once.
@@ -177,7 +178,10 @@ async fn a_freeze_that_comes_to_run_after_the_first_look_is_seen_by_the_second()
 #[tokio::test]
 async fn a_vm_that_nobody_listens_for_is_gone() {
     let (mut vm, harness) = (FakeVm::start("db"), Harness::start());
-    let record = Record { may_resume: true, ..vm.record() };
+    let mut record = Record { may_resume: true, ..vm.record() };
+    for endpoint in [&mut record.qmp, &mut record.agent] {
+        endpoint.as_mut().unwrap().peer_started = Some(1);
+    }
     vm.kill().await;
     owe(&harness, record).await;
     harness.settled().await;
@@ -193,15 +197,37 @@ async fn a_vm_whose_sockets_are_gone_is_gone_unless_its_process_lives() {
     harness.settled().await;
 
     std::fs::rename(vm.path("away"), vm.path("qga.sock")).unwrap();
-    let record = Record { may_resume: true, ..vm.record() };
+    for nobody_listens in [false, true] {
+        let record = Record { may_resume: true, ..vm.record() };
+        (vm.guest().run_state, vm.guest().frozen) = ("paused", true);
+        std::fs::rename(vm.path("qga.sock"), vm.path("away")).unwrap();
+        if nobody_listens {
+            // What a second QEMU leaves that was started by mistake.
+            drop(std::os::unix::net::UnixListener::bind(vm.path("qga.sock")).unwrap());
+        }
+        owe(&harness, record).await;
+        until("the monitor's part is settled", || vm.guest().run_state == "running").await;
+        assert!(harness.guard().owed("shop/db").await.unwrap());
+        std::fs::rename(vm.path("away"), vm.path("qga.sock")).unwrap();
+        vm.thawed().await;
+        harness.settled().await;
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_lives_is_owed_while_another_process_has_its_sockets_name() {
+    let (vm, harness) = (FakeVm::start("db"), Harness::start());
+    // It waits for what it never gets.
+    let mut alive = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    let agent = endpoint_of(vm.root.path(), "qga.sock", alive.id());
     vm.guest().run_state = "paused";
-    std::fs::rename(vm.path("qga.sock"), vm.path("away")).unwrap();
-    owe(&harness, record).await;
+    owe(&harness, Record { may_resume: true, agent: Some(agent), ..vm.record() }).await;
     until("the monitor's part is settled", || vm.guest().run_state == "running").await;
     assert!(harness.guard().owed("shop/db").await.unwrap());
-    std::fs::rename(vm.path("away"), vm.path("qga.sock")).unwrap();
-    vm.thawed().await;
+    alive.kill().unwrap();
+    alive.wait().unwrap();
     harness.settled().await;
+    assert!(vm.guest().frozen, "it isn't the VM of the record");
 }
 
 #[tokio::test]
