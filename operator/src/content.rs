@@ -63,16 +63,23 @@ fn deleted(content: &VMSnapshotContent) -> Step {
 }
 
 /// What to do if the snapshot is gone. A content that was left on purpose is an administrator's to delete, whatever
-/// policy he gives it; so is one with policy `Retain` whose snapshot was removed by force. Of a failed one nothing is
-/// kept.
+/// policy he gives it; so is one with policy `Retain` whose snapshot was removed by force. Of one that never was complete
+/// nothing is kept.
 fn orphaned(content: &VMSnapshotContent) -> Step {
-    let failed = content.status.as_ref().is_some_and(|status| status.phase == Some(ContentPhase::Failed));
     match content.spec.deletion_policy {
-        _ if failed => Step::Delete,
+        _ if never_was_complete(content) => Step::Delete,
         _ if retention::is_marked(content) => Step::Keep,
         DeletionPolicy::Retain => Step::Mark,
         DeletionPolicy::Delete => Step::Delete,
     }
+}
+
+/// Whether it failed on the way. One that lost a disk later may have others that are good.
+fn never_was_complete(content: &VMSnapshotContent) -> bool {
+    let Some(status) = &content.status else { return false };
+    let ready = find(&status.conditions, types::READY).map(|ready| ready.reason.as_str());
+    let was_complete = matches!(ready, Some(reasons::SNAPSHOT_OVERFLOWED | reasons::SNAPSHOT_OVERWRITTEN));
+    status.phase == Some(ContentPhase::Failed) && !was_complete
 }
 
 /// Whether the snapshot is gone. Unless it was left on purpose, a snapshot's finalizer holds it until its content is gone,

@@ -417,7 +417,8 @@ async fn a_snapshot_is_not_let_go_while_its_content_does_not_say_that_it_stays()
 
 #[tokio::test]
 async fn a_content_that_outlived_its_snapshot_is_left_to_the_administrator_whatever_policy_he_gives_it() {
-    for content in [marked(retaining(ready())), marked(ready())] {
+    let lost_a_disk = reported("Failed", "Ready", "False", "SnapshotOverflowed");
+    for content in [marked(retaining(ready())), marked(ready()), marked(retaining(lost_a_disk))] {
         let (ctx, server, _sources) = operator(vec![], vec![content.clone()]);
         drop(server);
         reconcile_content(&content, &ctx).await.expect("no call is made");
