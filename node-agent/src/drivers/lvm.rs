@@ -165,7 +165,7 @@ impl SnapshotDriver for Lvm {
                 Err(DriverError::NotNow(format!("{} is in use; close it first", state.snapshot.path().display())))
             }
             Some(row) => {
-                let replaced = put_away_for(row, &rows, &state)?;
+                let replaced = put_away_for(row, &rows, state.snapshot.group())?;
                 commands::remove(replaced.as_ref().unwrap_or(&state.snapshot)).await?;
                 Ok(Removal::Again)
             }
@@ -208,15 +208,18 @@ fn find<'a>(rows: &'a [Row], volume: &Volume) -> Option<&'a Row> {
 }
 
 /// The volume that a restore put away and that nothing but this snapshot needs: both go in one step.
-fn put_away_for(snapshot: &Row, rows: &[Row], state: &State) -> Result<Option<Volume>> {
+fn put_away_for(snapshot: &Row, rows: &[Row], group: &str) -> Result<Option<Volume>> {
     let origin = rows.iter().find(|row| snapshot.needs(&row.lv_name) && row.is_put_away());
-    let is_last = |origin: &&Row| rows.iter().filter(|row| row.needs(&origin.lv_name)).count() == 1;
+    // A snapshot whose space lies in several pieces has several rows.
+    let is_last = |origin: &&Row| {
+        let mut needing = rows.iter().filter(|row| row.needs(&origin.lv_name));
+        needing.all(|row| row.lv_uuid == snapshot.lv_uuid)
+    };
     match origin.filter(is_last) {
         Some(row) if row.is_open() => {
-            let group = state.snapshot.group();
             Err(DriverError::NotNow(format!("{group}/{} is in use; close it first", row.lv_name)))
         }
-        Some(row) => Ok(Some(Volume::new(state.snapshot.group(), &row.lv_name)?)),
+        Some(row) => Ok(Some(Volume::new(group, &row.lv_name)?)),
         None => Ok(None),
     }
 }
@@ -289,5 +292,23 @@ fn host_cut(volumes: Vec<(String, State, String)>) -> Result<HostCut> {
 impl From<NameError> for DriverError {
     fn from(error: NameError) -> Self {
         Self::NotNow(format!("the snapshot can't be named: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::commands::tests::row;
+    use super::*;
+
+    #[test]
+    fn a_volume_that_was_put_away_goes_with_the_last_snapshot_of_it_however_many_pieces_that_has() {
+        let snapshot = row("t-vmsnap-1");
+        let tags = "freezeframe-replaced".into();
+        let put_away = Row { lv_name: "t".into(), lv_attr: "owi---s---".into(), lv_tags: tags, ..row("a") };
+        let mut rows = vec![put_away, snapshot.clone(), snapshot.clone()];
+        let goes_too = put_away_for(&snapshot, &rows, "vg0").unwrap();
+        assert_eq!(goes_too, Some(Volume::new("vg0", "t").unwrap()));
+        rows.push(Row { lv_uuid: "uuid-other".into(), ..snapshot.clone() });
+        assert_eq!(put_away_for(&snapshot, &rows, "vg0").unwrap(), None, "another one needs it");
     }
 }
