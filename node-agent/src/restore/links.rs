@@ -23,14 +23,10 @@ pub fn image_on_top(
     let tasks = record.tasks.iter().filter(|task| !merges(&task.driver));
     let data: Vec<_> = tasks.filter_map(|task| task.artifact.as_ref()).map(|a| a.handle.as_path()).collect();
     for directory in &record.linked_in {
-        match roots.directory(directory) {
-            Ok(directory) => {
-                if let Some(found) = on_top_in(&directory, &data)? {
-                    return Ok(Some(found));
-                }
-            }
-            Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error),
+        // Where its file system isn't mounted, it can't be told.
+        let Some(directory) = roots.existing_directory(directory)? else { continue };
+        if let Some(found) = on_top_in(&directory, &data)? {
+            return Ok(Some(found));
         }
     }
     Ok(None)

@@ -59,6 +59,28 @@ async fn images_in_the_classes_directory_have_the_snapshots_data_and_depend_on_i
     .await;
 }
 
+/// What stays of a mount point is an empty directory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_kept_while_the_file_system_isnt_mounted_that_has_images_on_top_of_it() {
+    let case = *CASES.iter().find(|case| case.driver == "reflink").unwrap();
+    let (mut lab, directory, snapshot, _) = lab_of(case).await;
+    let order = lab.order_to_new(&snapshot, "new", RestoreMode::Linked);
+    let status = lab.advance(&RestoreOrder { directory: Some(directory.clone()), ..order }).await;
+    assert_eq!(status.phase, Some(RestoreContentPhase::Succeeded), "{:?}", status.conditions);
+    let elsewhere = directory.with_file_name("not-mounted");
+    std::fs::rename(&directory, &elsewhere).unwrap();
+    std::fs::create_dir(&directory).unwrap();
+    let why = lab.delete(&snapshot).await.expect("it can't be told whether an image needs it");
+    assert!(why.contains("mounted"), "{why}");
+    std::fs::remove_dir(&directory).unwrap();
+    std::fs::rename(&elsewhere, &directory).unwrap();
+    assert!(lab.delete(&snapshot).await.is_some());
+    std::fs::remove_dir_all(directory.join("shop")).unwrap();
+    // Something else is on it: the file system is there, and the images are not.
+    std::fs::write(directory.join("other"), "").unwrap();
+    assert_eq!(lab.delete(&snapshot).await, None);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_directory_that_the_agent_may_not_use_or_that_is_not_there_is_refused() {
     let (mut lab, directory, snapshot, _) = lab_of(CASES[0]).await;
