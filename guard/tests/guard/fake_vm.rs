@@ -22,6 +22,8 @@ pub struct Guest {
     /// Commands that changed something, in order; with the inode that `watched` had then.
     pub log: Vec<String>,
     pub watched: Option<PathBuf>,
+    /// How often somebody came to the agent's socket.
+    pub agent_clients: u32,
     /// So many syncs stay without an answer.
     pub deaf_for: u32,
     /// So many status questions are answered with an error, and thaws too.
@@ -53,6 +55,7 @@ impl FakeVm {
             active_node: "disk0",
             log: Vec::new(),
             watched: None,
+            agent_clients: 0,
             deaf_for: 0,
             errors: 0,
             idle_thaws: 0,
@@ -227,6 +230,7 @@ impl Guest {
 }
 
 async fn serve_agent(client: UnixStream, guest: &Mutex<Guest>) {
+    guest.lock().unwrap().agent_clients += 1;
     let mut client = BufReader::new(client);
     let mut line = Vec::new();
     while client.read_until(b'\n', &mut line).await.is_ok_and(|read| read > 0) {
