@@ -5,6 +5,7 @@ mod cost;
 mod layer;
 mod ours;
 mod table;
+mod way;
 
 use std::path::PathBuf;
 
@@ -15,6 +16,7 @@ use crate::progress::say;
 use crate::{demo, setup};
 use layer::Layers;
 use table::{Results, Row};
+use way::Way;
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -55,27 +57,23 @@ async fn measure(options: &Options) -> Result<Results> {
         let mut world: Option<World> = None;
         let combinations = options.disks.iter().flat_map(|disks| options.loads.iter().map(move |load| (*disks, *load)));
         for (disks, load) in combinations {
-            let config = configuration(*layers, disks, load.into());
-            let guest = if let Some(world) = &world {
-                world.boot(&config).await?
-            } else {
-                let started = world.insert(World::start(config.clone()).await?);
-                started.apply_class(ours::CLASS, &layers.drivers(&started.copies()?))?;
-                started.guest.take().context("the world has no guest")?
-            };
-            let world = world.as_mut().context("there is no world")?;
-            results.rows.extend(compare(world, &guest, &config, *layers, options.rounds).await?);
-            // What is left of a VM that is gone would be probed on and on.
-            let sockets = guest.config().socket_directory();
-            drop(guest);
-            std::fs::remove_dir_all(sockets)?;
+            for way in Way::ALL {
+                let config = configuration(*layers, disks, load.into(), way);
+                say(format_args!("{}", config.vm));
+                let guest = boot(&mut world, &config, *layers).await?;
+                let world = world.as_mut().context("there is no world")?;
+                let mut row = Row::new(&config, *layers, way.name());
+                row.samples = way.measure(world, &guest, &config, *layers, options.rounds).await?;
+                results.rows.push(row);
+                clear(guest)?;
+            }
         }
         results.resident = cost::resident(&world.context("nothing was to be measured")?.programs)?;
     }
     Ok(results)
 }
 
-fn configuration(layers: Layers, disks: u8, load: Load) -> WorldConfig {
+fn configuration(layers: Layers, disks: u8, load: Load, way: Way) -> WorldConfig {
     let filesystem = |index: u8| if index.is_multiple_of(2) { Filesystem::Ext4 } else { Filesystem::Xfs };
     let disk = |index: u8| DiskSpec {
         format: layers.of(index.into()).format(),
@@ -84,7 +82,7 @@ fn configuration(layers: Layers, disks: u8, load: Load) -> WorldConfig {
     };
     WorldConfig {
         namespace: "bench".into(),
-        vm: format!("{}-{disks}-{load:?}", layers.name()).to_lowercase(),
+        vm: format!("{}-{disks}-{load:?}-{way:?}", layers.name()).to_lowercase(),
         disks: (0..disks).map(disk).collect(),
         // More than there are disks: later guests of the same world have more.
         places: (0..8).map(|index| layers.of(index).place()).collect(),
@@ -93,36 +91,20 @@ fn configuration(layers: Layers, disks: u8, load: Load) -> WorldConfig {
     }
 }
 
-/// One guest, cut in all ways; the agent is away while the bare script has the sockets.
-async fn compare(
-    world: &mut World,
-    guest: &Guest,
-    config: &WorldConfig,
-    layers: Layers,
-    rounds: u32,
-) -> Result<Vec<Row>> {
-    let mut rows = vec![];
-    if world.programs.agent.is_running()? {
-        world.programs.agent.kill_9()?;
+/// A guest of the world, which is started with the first one.
+async fn boot(world: &mut Option<World>, config: &WorldConfig, layers: Layers) -> Result<Guest> {
+    if let Some(world) = &world {
+        return world.boot(config).await;
     }
-    for (way, flush) in [("bare", false), ("bare, synced", true)] {
-        say(format_args!("{}: {way}", config.vm));
-        let scratch = world.directory().join("bare");
-        let mut row = Row::new(config, layers, way);
-        let mut script = bare::Script::new(guest, &scratch, layers).await?;
-        for _ in 0..rounds {
-            row.samples.push(script.round(flush).await?);
-        }
-        rows.push(row);
-    }
-    say(format_args!("{}: freezeframe", config.vm));
-    world.programs.agent.restart()?;
-    world.programs.agent.await_ready().await?;
-    let mut row = Row::new(config, layers, "freezeframe");
-    ours::await_target(world, &config.vm).await?;
-    for round in 0..rounds {
-        row.samples.push(ours::round(world, guest, &config.vm, round).await?);
-    }
-    rows.push(row);
-    Ok(rows)
+    let started = world.insert(World::start(config.clone()).await?);
+    started.apply_class(ours::CLASS, &layers.drivers(&started.copies()?))?;
+    started.guest.take().context("the world has no guest")
+}
+
+/// What is left of a VM that is gone would be probed on and on, and its images fill the file system.
+fn clear(guest: Guest) -> Result<()> {
+    let config = guest.config().clone();
+    drop(guest);
+    std::fs::remove_dir_all(config.socket_directory())?;
+    config.disks.iter().try_for_each(|disk| Ok(std::fs::remove_file(&disk.path)?))
 }

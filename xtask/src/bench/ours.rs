@@ -18,8 +18,18 @@ use crate::watch::Watch;
 pub const CLASS: &str = "bench";
 const SOON: Duration = Duration::from_secs(60);
 
+/// Takes so many snapshots, one after the other.
+pub async fn rounds(world: &World, guest: &Guest, vm: &str, rounds: u32) -> Result<Vec<Sample>> {
+    await_target(world, vm).await?;
+    let mut samples = vec![];
+    for number in 0..rounds {
+        samples.push(round(world, guest, vm, number).await?);
+    }
+    Ok(samples)
+}
+
 /// Waits until the agent has published the VM with its guest agent.
-pub async fn await_target(world: &World, vm: &str) -> Result<()> {
+async fn await_target(world: &World, vm: &str) -> Result<()> {
     let targets: Api<VMTarget> = Api::namespaced(world.client.clone(), &world.namespace);
     let connected = |target: &VMTarget| {
         let conditions = target.status.as_ref().map_or(&[][..], |status| &status.conditions);
@@ -29,7 +39,7 @@ pub async fn await_target(world: &World, vm: &str) -> Result<()> {
 }
 
 /// Takes a snapshot and deletes it.
-pub async fn round(world: &World, guest: &Guest, vm: &str, number: u32) -> Result<Sample> {
+async fn round(world: &World, guest: &Guest, vm: &str, number: u32) -> Result<Sample> {
     let name = format!("{vm}-{number}");
     let mut watch = Watch::start(world.snapshots(), &name).await?;
     let start = Instant::now();
