@@ -23,8 +23,8 @@ use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
 
 use super::{
-    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Pool, Removal, Result, SnapshotDriver,
-    Verdict,
+    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Pool, PoolFree, Removal, Result,
+    SnapshotDriver, Verdict,
 };
 use crate::hypervisor::Vm;
 use crate::hypervisor::device::{self, BlockDevice, LogicalVolume};
@@ -201,6 +201,11 @@ pub async fn fill(task: &DiskTask) -> Result<Option<Fill>> {
     let (percent, overflowed) = (row.data_used(), row.is_overflowed());
     let warn = f64::from(parameters.warn_percent);
     Ok(Some(Fill { percent, overflowed, low: percent >= warn }))
+}
+
+/// What is free in the pools of a group's thin volumes, by the volumes' names. Keeps no window waiting.
+pub async fn pools(group: &str) -> Result<BTreeMap<String, PoolFree>> {
+    Ok(space::pools_free(&commands::volumes_unlocked(group).await?, group))
 }
 
 fn find<'a>(rows: &'a [Row], volume: &Volume) -> Option<&'a Row> {

@@ -38,7 +38,7 @@ pub(crate) use error::qemu;
 pub use error::{DriverError, Result};
 pub use pace::Pace;
 pub use removal::{Env, Removal, Sibling, Switch};
-pub use space::{Fill, Need, Pool};
+pub use space::{Fill, Need, Pool, PoolFree};
 pub(crate) use tool::{btrfs, qemu_img};
 
 /// All drivers, in the default order of preference.

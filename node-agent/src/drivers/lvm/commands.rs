@@ -166,8 +166,18 @@ struct Volumes {
 
 /// All volumes of a group, hidden ones not.
 pub async fn volumes(group: &str) -> Result<Vec<Row>> {
+    report(&["lvs"], group).await
+}
+
+/// The same for who only watches: no lock is waited for, nor has a command in a window to wait for ours. What is being
+/// changed just then is told as it was, or the report fails.
+pub async fn volumes_unlocked(group: &str) -> Result<Vec<Row>> {
+    report(&["lvs", "--nolocking"], group).await
+}
+
+async fn report(command: &[&str], group: &str) -> Result<Vec<Row>> {
     let format = ["--reportformat", "json", "--units", "b", "--nosuffix", "--options", FIELDS];
-    parse(&run(["lvs"].into_iter().chain(format).chain([group])).await?)
+    parse(&run(command.iter().copied().chain(format).chain([group])).await?)
 }
 
 /// The volume of that name, if there is one.
