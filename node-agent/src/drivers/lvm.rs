@@ -10,8 +10,10 @@
 pub mod commands;
 mod in_flight;
 mod parameters;
+pub mod report;
 mod space;
 mod state;
+pub mod tags;
 pub mod volume;
 
 use std::collections::BTreeMap;
@@ -29,9 +31,10 @@ use super::{
 use crate::hypervisor::Vm;
 use crate::hypervisor::device::{self, BlockDevice, LogicalVolume};
 use crate::hypervisor::image::{ImageError, ImageRoots};
-use commands::{Row, Space};
+use commands::Space;
 use in_flight::{InFlight, is_in_flight};
 use parameters::Parameters;
+use report::Row;
 use state::State;
 use volume::{NameError, Volume};
 

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::commands::Row;
 use super::parameters::Parameters;
+use super::report::Row;
 use super::state::{Needs, State};
 use crate::drivers::{DriverError, Fill, Pool, PoolFree, Result};
 
@@ -104,7 +104,7 @@ pub fn check_group(group: &str, needs: &[Needs]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::commands::tests::row;
+    use super::super::report::tests::row;
     use super::super::volume::Volume;
     use super::*;
 
