@@ -72,6 +72,12 @@ pub trait SnapshotDriver: Send + Sync {
         task.artifact.as_ref().map(|artifact| artifact.handle.clone())
     }
 
+    /// The directories that have what a task made: none of them is empty when its removal begins, unless its file system
+    /// isn't mounted. None where the driver looks itself.
+    fn directories(&self, task: &DiskTask) -> Vec<PathBuf> {
+        self.place(task).and_then(|place| Some(place.parent()?.to_owned())).into_iter().collect()
+    }
+
     /// Whether a removal went so far that another task's data may be where its record doesn't say: it must be finished
     /// before anything else of the VM is removed.
     fn is_half_removed(&self, _task: &DiskTask) -> bool {
