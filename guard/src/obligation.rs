@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use freezeframe_qemu::causes::chain;
 use freezeframe_qemu::{BlockGraph, Error as PeerError, FreezeStatus, GuestAgent, Qmp};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -230,16 +231,4 @@ fn rename(exchange: &Exchange) -> Result<(), ExchangeError> {
         tracing::warn!(directory = %directory.display(), name = a, "names exchanged");
     }
     Ok(())
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

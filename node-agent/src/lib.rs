@@ -6,7 +6,6 @@
 
 pub mod args;
 pub mod boot;
-mod causes;
 mod controller;
 mod crash;
 pub mod drivers;
@@ -20,3 +19,5 @@ mod report;
 pub mod restore;
 pub mod session;
 pub mod targets;
+
+use freezeframe_qemu::causes;

@@ -4,9 +4,11 @@
 //! [`Error`]. The crate knows nothing of Kubernetes, of snapshots or of sessions.
 //!
 //! Start at [`Qmp`] for the monitor, [`GuestAgent`] for the guest, [`BlockGraph`] for the disks and
-//! [`connect_beneath`] for reaching a VM's sockets safely.
+//! [`connect_beneath`] for reaching a VM's sockets safely. An [`Error`] leaves out what caused it: [`causes::chain`] says
+//! all of it.
 
 mod block;
+pub mod causes;
 mod codec;
 mod commands;
 mod error;

@@ -138,9 +138,9 @@ pub struct VMTargetStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// `Ready` (a snapshot can be taken; False by reason `NoSpace` if QEMU stopped the VM for it), `AgentConnected`,
-    /// `SpaceLow` once a file system of its disks was nearly full, `ChainTooDeep` once a disk had more images below it
-    /// than its snapshots' classes want and nothing could be merged, and `FollowNeeded` once a disk had a `startWith`: True
-    /// by reason `NewImage` until the VM is started with it, by reason `NotFollowed` if it was started without.
+    /// `SpaceLow` once a file system or a thin pool of its disks was nearly full, `ChainTooDeep` once a disk had more images
+    /// below it than its snapshots' classes want and nothing could be merged, and `FollowNeeded` once a disk had a
+    /// `startWith`: True by reason `NewImage` until the VM is started with it, by reason `NotFollowed` if it was started without.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -130,6 +130,10 @@ impl SnapshotDriver for Btrfs {
         Ok(())
     }
 
+    fn directories(&self, task: &DiskTask) -> Vec<PathBuf> {
+        task.state::<State>().map(|state| state.subvolume).into_iter().collect()
+    }
+
     async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         if task.state.is_null() {
             return Ok(Removal::Done);

@@ -271,6 +271,14 @@ impl SnapshotDriver for Copy {
         Ok(Removal::Done)
     }
 
+    fn directories(&self, task: &DiskTask) -> Vec<PathBuf> {
+        // Until a file is on record the directories may have been as they are.
+        let made = task.state().ok().filter(|state: &State| state.volume.is_none() && state.id.is_some());
+        let Some(state) = made else { return vec![] };
+        let directory = state.path(task).iter().fold(state.root.clone(), |above, name| above.join(name));
+        vec![state.root, directory]
+    }
+
     fn needs(&self, task: &DiskTask) -> Option<Need> {
         let state: State = task.state().ok().filter(|state: &State| state.volume.is_none())?;
         Some(Need { bytes: target::needed(state.format, task.size), directory: state.root })

@@ -10,8 +10,10 @@
 pub mod commands;
 mod in_flight;
 mod parameters;
+pub mod report;
 mod space;
 mod state;
+pub mod tags;
 pub mod volume;
 
 use std::collections::BTreeMap;
@@ -23,15 +25,16 @@ use async_trait::async_trait;
 use freezeframe_qemu::BlockGraph;
 
 use super::{
-    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Pool, Removal, Result, SnapshotDriver,
-    Verdict,
+    Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Fill, HostCut, Need, Pool, PoolFree, Removal, Result,
+    SnapshotDriver, Verdict,
 };
 use crate::hypervisor::Vm;
 use crate::hypervisor::device::{self, BlockDevice, LogicalVolume};
 use crate::hypervisor::image::{ImageError, ImageRoots};
-use commands::{Row, Space};
+use commands::Space;
 use in_flight::{InFlight, is_in_flight};
 use parameters::Parameters;
+use report::Row;
 use state::State;
 use volume::{NameError, Volume};
 
@@ -201,6 +204,11 @@ pub async fn fill(task: &DiskTask) -> Result<Option<Fill>> {
     let (percent, overflowed) = (row.data_used(), row.is_overflowed());
     let warn = f64::from(parameters.warn_percent);
     Ok(Some(Fill { percent, overflowed, low: percent >= warn }))
+}
+
+/// What is free in the pools of a group's thin volumes, by the volumes' names. Keeps no window waiting.
+pub async fn pools(group: &str) -> Result<BTreeMap<String, PoolFree>> {
+    Ok(space::pools_free(&commands::volumes_unlocked(group).await?, group))
 }
 
 fn find<'a>(rows: &'a [Row], volume: &Volume) -> Option<&'a Row> {

@@ -153,6 +153,11 @@ impl SnapshotDriver for Overlay {
         Ok(())
     }
 
+    /// Merging looks itself: it may leave a directory empty, and needs none by its name while the VM runs.
+    fn directories(&self, _: &DiskTask) -> Vec<PathBuf> {
+        vec![]
+    }
+
     async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         if task.state.is_null() {
             return Ok(Removal::Done);

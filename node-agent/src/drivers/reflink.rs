@@ -146,6 +146,11 @@ impl SnapshotDriver for Reflink {
         Ok(())
     }
 
+    fn directories(&self, task: &DiskTask) -> Vec<PathBuf> {
+        let images = task.state::<State>().map(|state| state.images).unwrap_or_default();
+        images.iter().filter_map(|image| Some(image.clone.parent()?.to_owned())).collect()
+    }
+
     async fn remove(&self, env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         if task.state.is_null() {
             return Ok(Removal::Done);

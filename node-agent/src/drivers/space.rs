@@ -36,3 +36,14 @@ pub struct Pool {
     /// Bytes of data that it gives out at once.
     pub chunk: u64,
 }
+
+/// A thin pool, and how much of it is free, in whole percents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolFree {
+    /// Which.
+    pub path: PathBuf,
+    /// Of its space for data.
+    pub data: u64,
+    /// Of its space for its own metadata.
+    pub metadata: u64,
+}

@@ -25,7 +25,7 @@ pub enum ImageError {
     /// A directory isn't there, and maybe its file system isn't either.
     #[error(
         "{missing} is gone, but nothing at all is in {above}: if a file system isn't mounted there, mount it; if what was \
-         there is gone for good, make {missing} again, or any file in {above}"
+         there is gone for good, make any file in {above}"
     )]
     MaybeUnmounted {
         /// The directory.

@@ -5,7 +5,8 @@
 use super::Restores;
 use super::record::{DiskRestore, ImageId};
 use crate::drivers::DriverError;
-use crate::drivers::lvm::commands::{self, Row};
+use crate::drivers::lvm::commands;
+use crate::drivers::lvm::report::Row;
 use crate::drivers::lvm::volume::{NameError, Volume};
 use crate::hypervisor::image::{ImageDirectory, ImageError};
 

@@ -1,5 +1,6 @@
 //! What a session or a restore must remember over a crash: one file each, written before the effect it speaks of.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::marker::PhantomData;
@@ -51,6 +52,9 @@ pub struct SessionRecord {
     /// Whether removing it was begun: an image may have been written to since.
     #[serde(default)]
     pub removing: bool,
+    /// Of which disks, by their places among `tasks`, something may have been removed: their directories may be empty since.
+    #[serde(default)]
+    pub removed_from: BTreeSet<usize>,
     /// When the record was begun.
     pub begun: Timestamp,
     /// Directories in which restores made images on top of the snapshot's data.
@@ -85,6 +89,7 @@ impl SessionRecord {
             boot: None,
             status: None,
             removing: false,
+            removed_from: BTreeSet::new(),
             begun: Timestamp::now(),
             linked_in: vec![],
             at_rest: vec![],

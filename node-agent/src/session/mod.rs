@@ -27,6 +27,7 @@ pub mod journal;
 mod limits;
 pub mod machine;
 mod measured;
+mod mounted;
 pub mod order;
 pub mod outcome;
 mod overwritten;

@@ -8,6 +8,7 @@ use super::Sessions;
 use super::flush;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::limits;
+use super::mounted;
 use super::order::Order;
 use super::outcome;
 use super::window::{self, WindowError};
@@ -197,6 +198,13 @@ impl Sessions {
         let disk = record.tasks[at].disk.clone();
         let name = record.tasks[at].driver.clone();
         let driver = self.drivers.find(&name).ok_or(RemovalError::UnknownDriver(name))?;
+        let failed = |source: DriverError| RemovalError::Driver { disk: disk.clone(), source: Box::new(source) };
+        if !record.removed_from.contains(&at) {
+            mounted::check(&driver.directories(&record.tasks[at]), &self.roots)
+                .map_err(|error| failed(error.into()))?;
+            record.removed_from.insert(at);
+            self.journal.save(record)?;
+        }
         for _ in 0..MOST_STEPS {
             let mut vm = self.open_if_running(&record.order).await?;
             let siblings = self.siblings(&record.order)?;
@@ -207,9 +215,13 @@ impl Sessions {
                 let task = &mut record.tasks[at];
                 (task.state, task.artifact) = (serde_json::Value::Null, None);
             }
+            if step.is_err() {
+                // It is tried again, maybe after a restart of the host.
+                record.removed_from.remove(&at);
+            }
             self.journal.save(record)?;
             crate::crash::point("removal-step");
-            match step.map_err(|source| RemovalError::Driver { disk: disk.clone(), source: Box::new(source) })? {
+            match step.map_err(failed)? {
                 Removal::Again => {}
                 Removal::Done => return Ok(()),
                 Removal::Kept(why) => {

@@ -3,9 +3,11 @@
 mod events;
 mod follow;
 mod host;
+mod pools;
 mod probe;
 mod publish;
 mod rates;
+mod seen;
 mod space;
 mod steady;
 mod stopped;
@@ -28,7 +30,7 @@ use crate::session::Sessions;
 use events::Events;
 pub use probe::probe;
 use publish::Publisher;
-pub use stopped::Files;
+pub use seen::Seen;
 
 /// How often the VMs' directories are looked at.
 const SCAN: Duration = Duration::from_secs(1);
@@ -62,7 +64,7 @@ impl Targets {
     async fn scan_for_ever(&self) {
         let publisher = Publisher::new(self.client.clone(), self.node.clone());
         let events = Events::new(self.client.clone(), &self.node);
-        let files = Files::default();
+        let seen = Seen::default();
         let mut known = HashMap::new();
         let mut next_comparison = Instant::now();
         let mut beat = tokio::time::interval(SCAN);
@@ -76,7 +78,7 @@ impl Targets {
                 self.remember(&known);
                 next_comparison = Instant::now() + COMPARISON;
             }
-            self.scan(&publisher, &events, &files, &mut known).await;
+            self.scan(&publisher, &events, &seen, &mut known).await;
             self.remember(&known);
         }
     }
@@ -91,7 +93,7 @@ impl Targets {
         &self,
         publisher: &Publisher,
         events: &Events,
-        files: &Files,
+        seen: &Seen,
         known: &mut HashMap<VmKey, VMTargetStatus>,
     ) {
         let root = &self.sessions.vm_root;
@@ -108,7 +110,7 @@ impl Targets {
         for some in found.chunks(PROBES) {
             let mut probes = vec![];
             for vm in some {
-                probes.push(self.publish(vm, publisher, events, files, known.get(vm)));
+                probes.push(self.publish(vm, publisher, events, seen, known.get(vm)));
             }
             known.extend(join_all(probes).await.into_iter().flatten());
         }
@@ -127,11 +129,11 @@ impl Targets {
         vm: &VmKey,
         publisher: &Publisher,
         events: &Events,
-        files: &Files,
+        seen: &Seen,
         before: Option<&VMTargetStatus>,
     ) -> Option<(VmKey, VMTargetStatus)> {
         let _turn = self.locks.try_turn(vm)?;
-        let mut status = probe(&self.sessions, vm, &self.node, files, before).await;
+        let mut status = probe(&self.sessions, vm, &self.node, seen, before).await;
         self.metrics.set_chains(vm, &status.disks);
         self.depths.report(vm, &mut status);
         steady::keep(before, &mut status);

@@ -9,8 +9,7 @@ use freezeframe_api::v1alpha1::{
 };
 use k8s_openapi::jiff::Timestamp;
 
-use super::stopped::Files;
-use super::{follow, rates, space};
+use super::{Seen, follow, rates, space};
 use crate::causes::chain;
 use crate::drivers::{Drivers, Layer, SnapshotDriver, Verdict};
 use crate::hypervisor::disks::{FoundDisk, disks};
@@ -26,7 +25,7 @@ pub async fn probe(
     sessions: &Sessions,
     vm: &VmKey,
     node: &str,
-    files: &Files,
+    seen: &Seen,
     before: Option<&VMTargetStatus>,
 ) -> VMTargetStatus {
     let mut status = before.cloned().unwrap_or_default();
@@ -34,10 +33,10 @@ pub async fn probe(
     status.message = None;
     let mut exhausted = vec![];
     match Vm::open(&sessions.vm_root, vm).await {
-        Ok(mut opened) => exhausted = look(&mut opened, vm, sessions, &mut status).await,
+        Ok(mut opened) => exhausted = look(&mut opened, vm, sessions, seen, &mut status).await,
         Err(OpenError::NotRunning(_)) => {
             sessions.space.forget(vm);
-            files.look(sessions, vm, &mut status).await;
+            seen.files.look(sessions, vm, &mut status).await;
             status.guest_agent.state = AgentState::Absent;
             status.disks.iter_mut().for_each(|disk| disk.write_bytes_per_second = None);
         }
@@ -56,7 +55,7 @@ pub async fn probe(
 }
 
 /// Looks at a running VM; returns the disks that QEMU has no space left for.
-async fn look(vm: &mut Vm, key: &VmKey, sessions: &Sessions, status: &mut VMTargetStatus) -> Vec<String> {
+async fn look(vm: &mut Vm, key: &VmKey, sessions: &Sessions, seen: &Seen, status: &mut VMTargetStatus) -> Vec<String> {
     let mut exhausted = vec![];
     status.qemu_version = Some(vm.qmp().version().to_owned());
     match vm.run_state().await {
@@ -76,7 +75,7 @@ async fn look(vm: &mut Vm, key: &VmKey, sessions: &Sessions, status: &mut VMTarg
             status.disks = found.found.iter().map(|disk| target_disk(disk, &sessions.drivers)).collect();
             rates::measure(vm, key, &found.graph, &sessions.space).await;
             rates::tell(key, &sessions.space, &mut status.disks);
-            space::report(status, &space::low(&found.found, sessions.space.low_percent));
+            space::report(status, &space::low(&found.found, &seen.pools, sessions.space.low_percent));
             follow::report(status, &follow::not_followed(&found.found));
             exhausted = space::exhausted(&found.graph);
         }

@@ -15,6 +15,9 @@
 //! - btrfs takes its snapshot in `prepare`, not in the window: `the_artifacts_keep_…`, `every_function_…`.
 //! - overlay doesn't exchange the names: `the_artifacts_keep_…`, `every_function_…`.
 //! - copy doesn't wait for its job: `every_function_…`.
+//! - Nothing looks whether the file system is mounted: `a_snapshot_whose_file_system_is_not_mounted_…` (reflink, btrfs,
+//!   copy, loopcopy).
+//! - A removal doesn't write down that it began: `a_removal_that_left_its_directory_empty_…`.
 //! - Exchanges don't wait for each other's lock: `snapshots_of_several_drivers_…` now and then, the guard's own always.
 //!
 //! Not caught: reflink without its `fdatasync`. Cloning writes out what is dirty by itself on XFS and btrfs; the call
@@ -40,5 +43,6 @@ mod space;
 mod steps;
 mod stopped;
 mod storage;
+mod unmounted;
 mod verify;
 mod world;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use freezeframe_api::conditions::{find, reasons, types};
 use freezeframe_api::v1alpha1::{ContentPhase, RunState, VMTargetStatus};
-use freezeframe_node_agent::targets::{Files, probe};
+use freezeframe_node_agent::targets::{Seen, probe};
 
 use crate::cases::drivers;
 use crate::instant::{install_guest, until};
@@ -27,7 +27,7 @@ fn fill(file: &Path) {
 }
 
 async fn look(world: &World, before: Option<&VMTargetStatus>) -> VMTargetStatus {
-    probe(&world.sessions, &World::key(), "node", &Files::default(), before).await
+    probe(&world.sessions, &World::key(), "node", &Seen::default(), before).await
 }
 
 fn said(status: &VMTargetStatus, type_: &str) -> Option<(String, String, String)> {

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 /// Smallest that both `mkfs.xfs` and `mkfs.btrfs` take.
 const SIZE_MIB: u64 = 320;
+const IMAGE: &str = "fs.img";
 
 /// What a disk's image lies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,28 +29,44 @@ pub struct Storage {
     // Unmounted before the directory is removed.
     _mount: Option<LoopMount>,
     directory: TempDir,
+    mountpoint: PathBuf,
     kind: Kind,
 }
 
 impl Storage {
     pub fn new(kind: Kind) -> Self {
+        Self::mounted_on("root", kind)
+    }
+
+    /// The VM's directory is a file system of its own.
+    pub fn of_vm(kind: Kind) -> Self {
+        Self::mounted_on("root/vm", kind)
+    }
+
+    fn mounted_on(mountpoint: &str, kind: Kind) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let root = directory.path().join("root");
-        std::fs::create_dir(&root).unwrap();
+        let mountpoint = directory.path().join(mountpoint);
+        std::fs::create_dir_all(&mountpoint).unwrap();
         let filesystem = match kind {
             Kind::Plain => None,
             Kind::Xfs => Some(HostFilesystem::Xfs),
             Kind::OldXfs => Some(HostFilesystem::OldXfs),
             Kind::Btrfs => Some(HostFilesystem::Btrfs),
         };
-        let image = directory.path().join("fs.img");
-        let mount = filesystem.map(|filesystem| LoopMount::new(filesystem, &image, SIZE_MIB, &root).unwrap());
-        let storage = Self { _mount: mount, directory, kind };
+        let image = directory.path().join(IMAGE);
+        let mount = filesystem.map(|filesystem| LoopMount::new(filesystem, &image, SIZE_MIB, &mountpoint).unwrap());
+        let storage = Self { _mount: mount, directory, mountpoint, kind };
         match kind {
+            _ if storage.mountpoint == storage.images() => {}
             Kind::Btrfs => drop(run("btrfs subvolume create", &[&storage.images()])),
             _ => std::fs::create_dir(storage.images()).unwrap(),
         }
         storage
+    }
+
+    /// The image of the file system.
+    pub fn image(&self) -> PathBuf {
+        self.directory.path().join(IMAGE)
     }
 
     /// The file system's root.
@@ -67,7 +84,8 @@ impl Storage {
         let mut found = BTreeSet::new();
         list(&self.root(), &mut found);
         if self.kind == Kind::Btrfs {
-            let all = run("btrfs subvolume list", &[&self.root()]) + &run("btrfs subvolume list -d", &[&self.root()]);
+            let all =
+                ["btrfs subvolume list", "btrfs subvolume list -d"].map(|list| run(list, &[&self.mountpoint])).concat();
             found.extend(
                 all.lines().filter_map(|line| line.split(" path ").nth(1)).map(|path| format!("subvolume {path}")),
             );

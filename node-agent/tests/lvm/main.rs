@@ -18,6 +18,7 @@ mod loader;
 mod machine;
 mod nested;
 mod node;
+mod pools;
 #[path = "../restore/order.rs"]
 mod restore_order;
 mod restores;
@@ -32,7 +33,7 @@ use freezeframe_node_agent::drivers::lvm::{Lvm, fill};
 use freezeframe_node_agent::drivers::{DriverError, Env, Pace, SnapshotDriver, Verdict};
 use freezeframe_node_agent::hypervisor::disks::disks;
 
-use node::{Lv, lvm, names, pool, thick, thin};
+use node::{Lv, lvm, names, thick, thin};
 use world::World;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -81,30 +82,6 @@ async fn of_three_snapshots_the_oldest_the_middle_or_the_newest_goes_first() {
         }
         assert_eq!(names(), before, "{sequence:?}");
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_pool_that_is_nearly_full_is_refused_with_numbers() {
-    let pool = pool("small", "16m");
-    let volume = Lv { pool: Some(pool), ..thin("full-a") };
-    let mut world = World::new(&[volume]).await;
-    world.write().await;
-    // 15 of 16 MiB are in use then.
-    let filler = thin("filler");
-    lvm(&format!("lvcreate -qq -y -V 8m --thinpool {}/small -n {}", node::GROUP, filler.name));
-    node::run(
-        "dd",
-        &["if=/dev/urandom", &format!("of={}", filler.path()), "bs=1M", "count=7", "oflag=direct"].map(String::from),
-    );
-    let before = names();
-    let order = World::order(1);
-    let status = world.advance(&order).await;
-    assert_eq!(status.phase, Some(ContentPhase::Failed));
-    let ready = find(&status.conditions, types::READY).unwrap();
-    assert_eq!(ready.reason, reasons::NO_SPACE, "{}", ready.message);
-    println!("refused: {}", ready.message);
-    assert!(ready.message.contains("small") && ready.message.contains("bytes are needed"), "{}", ready.message);
-    assert_eq!(names(), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

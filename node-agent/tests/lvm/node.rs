@@ -46,11 +46,59 @@ pub fn thick(name: &str) -> Lv {
     Lv { name: name.into(), pool: None }
 }
 
-/// Makes another thin pool.
-pub fn pool(name: &str, size: &str) -> String {
-    group();
-    lvm(&format!("lvcreate -qq -y --type thin-pool -L {size} -n {name} {GROUP}"));
-    name.into()
+/// A thin pool of one test's own.
+pub struct Pool(&'static str);
+
+impl Pool {
+    /// Of so many MiB.
+    pub fn new(name: &'static str, mib: u32) -> Self {
+        group();
+        lvm(&format!("lvcreate -qq -y --type thin-pool -L {mib}m -n {name} {GROUP}"));
+        Self(name)
+    }
+
+    /// A volume to be made in it.
+    pub fn volume(&self, name: &str) -> Lv {
+        Lv { name: name.into(), pool: Some(self.0.into()) }
+    }
+
+    /// Its name as messages have it.
+    pub fn path(&self) -> String {
+        format!("/dev/{GROUP}/{}", self.0)
+    }
+
+    /// Puts so many MiB into it, in a volume of their own.
+    pub fn fill(&self, filler: &str, mib: u32) {
+        let filler = self.volume(filler);
+        lvm(&format!("lvcreate -qq -y -V {}m --thinpool {GROUP}/{} -n {}", mib + 1, self.0, filler.name));
+        let to = format!("of={}", filler.path());
+        run("dd", &["if=/dev/urandom", &to, "bs=1M", &format!("count={mib}"), "oflag=direct"].map(String::from));
+    }
+
+    /// Has its metadata fill until that many percent of it are in use: each of these volumes, which LVM knows nothing
+    /// of, takes a block.
+    pub fn fill_metadata(&self, percent: f64) {
+        let device = format!("{}-{}-tpool", GROUP.replace('-', "--"), self.0);
+        for id in 10_000.. {
+            run("dmsetup", &["message", &device, "0", &format!("create_thin {id}")].map(String::from));
+            if id % 50 == 0 && self.says("metadata_percent").parse::<f64>().unwrap() >= percent {
+                return;
+            }
+        }
+    }
+
+    /// What LVM says of it.
+    pub fn says(&self, field: &str) -> String {
+        lvm(&format!("lvs --noheadings --units b --nosuffix -o {field} {GROUP}/{}", self.0))
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            lvm(&format!("lvremove -qq -f {GROUP}/{}", self.0));
+        }
+    }
 }
 
 /// All volumes of the group.

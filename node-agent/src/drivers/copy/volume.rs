@@ -15,7 +15,9 @@ use serde_json::json;
 
 use super::State;
 use super::parameters::{Parameters, TARGET_GROUPS};
-use crate::drivers::lvm::commands::{self, Row};
+use crate::drivers::lvm::commands;
+use crate::drivers::lvm::report::Row;
+use crate::drivers::lvm::tags::target_tag;
 use crate::drivers::lvm::volume::Volume;
 use crate::drivers::{Artifact, DiskTask, DriverError, Removal, Result, qemu};
 use crate::hypervisor::device::{number_of, sync};
@@ -68,7 +70,7 @@ fn why_not(row: &Row, task: &DiskTask) -> Option<String> {
     match () {
         () if !row.is_plain() => Some("is a snapshot, a snapshot's origin, a pool or a part of something".into()),
         () if !row.is_target_of(namespace) => {
-            Some(format!("hasn't tag `{}`, which allows its use", commands::target_tag(namespace)))
+            Some(format!("hasn't tag `{}`, which allows its use", target_tag(namespace)))
         }
         () if row.is_claimed() => Some("has the data of another snapshot".into()),
         () if row.is_open() => Some("is in use".into()),

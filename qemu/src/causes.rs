@@ -1,4 +1,4 @@
-//! What a message says of an error.
+//! What a message says of an error, such as one of this crate, whose text leaves its cause out.
 
 use std::error::Error;
 
