@@ -32,6 +32,7 @@ mod dependence;
 mod elsewhere;
 mod in_place;
 mod lab;
+mod meanwhile;
 mod node;
 mod order;
 mod refusals;
