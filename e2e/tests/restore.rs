@@ -73,6 +73,16 @@ async fn a_restore_in_place_brings_back_that_instant_and_can_be_undone() -> Resu
     Ok(())
 }
 
+/// Waits until the deletion of the snapshot says that it waits, and what for.
+async fn await_wait_for(world: &World, what: &str) -> Result<()> {
+    let says = |snapshot: &VMSnapshot| {
+        let removed = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::REMOVED));
+        removed.is_some_and(|removed| removed.reason == reasons::DELETE_FAILED && removed.message.contains(what))
+    };
+    let waits = await_object(&world.snapshots(), "yesterday", "the deletion to wait", SOON, says).await;
+    waits.map(drop).map_err(|error| world.with_logs(error))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_vm_gets_the_snapshots_disks_while_the_old_one_goes_on() -> Result<()> {
     let (world, snapshot) = world_with_a_past().await?;
@@ -92,12 +102,7 @@ async fn a_new_vm_gets_the_snapshots_disks_while_the_old_one_goes_on() -> Result
 
     // The linked images need the snapshot's data; nobody else does.
     world.start_deleting("yesterday").await?;
-    let is_needed = |snapshot: &VMSnapshot| {
-        let removed = snapshot.status.as_ref().and_then(|status| find(&status.conditions, types::REMOVED));
-        removed.is_some_and(|removed| removed.reason == reasons::DELETE_FAILED && removed.message.contains("copy-1"))
-    };
-    let kept = await_object(&world.snapshots(), "yesterday", "the deletion to wait", SOON, is_needed).await;
-    kept.map_err(|error| world.with_logs(error))?;
+    await_wait_for(&world, "copy-1").await?;
     ensure!(checksums(&restored_images(&linked))? == then, "the linked images changed");
     for image in restored_images(&linked) {
         std::fs::remove_file(image.path)?;
@@ -286,6 +291,24 @@ async fn a_full_restore_tells_how_far_it_is_and_deleting_it_ends_the_copy() -> R
     .map_err(|error| world.with_logs(error))?;
     ensure!(!process.exists(), "qemu-img goes on");
     ensure!(files(&world.image_directory(VM))? == found, "files are left");
+    world.guest()?.await_records(10, SOON).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_snapshotted_while_another_is_made_of_its_past() -> Result<()> {
+    let (mut world, snapshot) = with_a_past(WorldConfig { ballast: 32, ..WorldConfig::default() }).await?;
+    let then = checksums(&images(&snapshot)?)?;
+    copy_slowly(&mut world).await?;
+    world.apply_restore("slow", &snapshot, json!({"target": {"newVM": "copy-1"}, "mode": "Full"})).await?;
+    await_progress(&world, 0).await?;
+    world.start_deleting("yesterday").await?;
+    world.take_ready("today", VM).await?;
+    let slow = world.restores().get("slow").await?;
+    ensure!(restore_phase(&slow) == Some(RestorePhase::Restoring), "the snapshot waited: {:#?}", slow.status);
+    await_wait_for(&world, "restore").await?;
+    let slow = world.await_success("slow").await?;
+    world.await_gone("yesterday").await?;
+    ensure!(checksums(&restored_images(&slow))? == then, "it reads differently");
     world.guest()?.await_records(10, SOON).await.map(drop)
 }
 

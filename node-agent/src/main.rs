@@ -65,7 +65,7 @@ async fn main() -> anyhow::Result<()> {
         client: client.clone(),
         work: Arc::new(Restores {
             sessions: sessions.clone(),
-            journal: Journal::open(args.state_dir.join("restores"))?,
+            journal: sessions.restores.clone(),
             boots: sessions.boots.clone(),
         }),
         locks: locks.clone(),
@@ -94,6 +94,7 @@ fn sessions(args: &Args) -> anyhow::Result<Sessions> {
         roots: ImageRoots::new(roots),
         guard: Guard::new(&args.guard_socket),
         journal: Journal::open(args.state_dir.join("contents"))?,
+        restores: Journal::open(args.state_dir.join("restores"))?,
         drivers: Drivers::default(),
         stopped: StoppedVms::awaiting_targets(),
         space: SpaceWatch::new(args.space_low_percent),

@@ -2,7 +2,7 @@
 //!
 //! What an order asks for, and how it is done, is its [`Work`]'s: a snapshot's or a restore's.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +62,9 @@ impl<K> WorkOrder for K where
         + 'static
 {
 }
+
+/// The turns of an order's VMs.
+pub(crate) type Turns = HashMap<VmKey, VmTurn>;
 
 /// What is done for orders of one kind.
 pub trait Work: Sized + Send + Sync + 'static {
@@ -170,10 +173,11 @@ async fn reconcile<W: Work>(content: Arc<W::Content>, orders: Arc<Orders<W>>) ->
 impl<W: Work> Orders<W> {
     /// The turns of all VMs of an order, always one after the other in the same order, so that no two wait for each
     /// other.
-    pub(crate) async fn turns(&self, order: &W::Order) -> Vec<VmTurn> {
-        let mut turns = vec![];
+    pub(crate) async fn turns(&self, order: &W::Order) -> Turns {
+        let mut turns = Turns::new();
         for vm in W::vms(order) {
-            turns.push(self.context.locks.turn(&vm).await);
+            let turn = self.context.locks.turn(&vm).await;
+            turns.insert(vm, turn);
         }
         turns
     }

@@ -281,6 +281,26 @@ async fn while_creations_are_refused_retention_goes_on_and_the_status_says_so() 
 }
 
 #[tokio::test]
+async fn a_vm_whose_snapshots_are_always_refused_takes_no_place_of_the_others() {
+    let spec = json!({"schedule": "@hourly", "maxConcurrent": 1});
+    let mut cluster = Cluster::new("2026-01-01T00:30:00Z", &spec, ["a", "b", "c", "d"].map(vm).into());
+    cluster.state().denied = vec!["a", "b"];
+    for (vm, now) in [("c", "2026-01-01T01:00:00Z"), ("d", "2026-01-01T01:00:05Z")] {
+        cluster.state().now = at(now);
+        cluster.refresh();
+        assert_eq!(cluster.look().await.unwrap_err().kind(), ErrorKind::Refused);
+        let status = cluster.schedule().status.unwrap();
+        let active: Vec<_> = status.vms.iter().filter(|vm| !vm.active.is_empty()).map(|vm| vm.name.as_str()).collect();
+        assert_eq!((active, status.active_count), (vec![vm], 1), "{:?}", status.vms);
+        let told = status.vms.iter().find(|told| told.name == vm).unwrap();
+        assert_eq!((told.message.clone(), told.last_schedule_time.is_some()), (None, true));
+        assert!(status.vms[0].message.as_ref().unwrap().contains("creating a snapshot"), "{:?}", status.vms);
+        cluster.take_all(|_| good());
+    }
+    assert_eq!(cluster.names(), ["s-c-20260101t010000z", "s-d-20260101t010000z"]);
+}
+
+#[tokio::test]
 async fn a_refusal_that_stays_is_told_once() {
     let mut cluster = Cluster::new("2026-01-01T00:30:00Z", &json!({"schedule": "@hourly"}), vec![vm("a")]);
     cluster.state().quota = 0;

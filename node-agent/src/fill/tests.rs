@@ -121,6 +121,7 @@ impl Lab {
             roots: ImageRoots::new(vec![]),
             guard: Guard::new(state.path().join("no-guard.sock")),
             journal,
+            restores: Journal::open(state.path().join("restores")).unwrap(),
             drivers: Drivers::new(vec![Box::new(Filling(fill.clone()))]),
             stopped: StoppedVms::with_files_only(),
             boots: Arc::new(Boots::new(64, PATIENCE, 1, Accelerator::Tcg)),

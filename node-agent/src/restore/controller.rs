@@ -1,5 +1,6 @@
 //! Restores' work orders.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreStep, VMRestoreContent, VMRestoreContentStatus};
@@ -15,7 +16,7 @@ use super::record::{RestoreRecord, Stage};
 use super::{Restores, Turn};
 use crate::causes::chain;
 use crate::hypervisor::VmKey;
-use crate::orders::{NotAsked, OrderError, Orders, TRY_AGAIN, Work};
+use crate::orders::{NotAsked, OrderError, Orders, TRY_AGAIN, Turns, Work};
 use crate::report::{report, report_time, write_status};
 use crate::session::Progress;
 use crate::session::journal::{Journal, JournalError};
@@ -76,8 +77,8 @@ impl Work for Restores {
             return Ok(Action::await_change());
         }
         let working = async {
-            let _turns = orders.turns(order).await;
-            work(orders, content, order).await
+            let turns = orders.turns(order).await;
+            work(orders, content, order, turns).await
         };
         let turn = tokio::select! {
             turn = working => turn?,
@@ -143,8 +144,9 @@ async fn work(
     orders: &Orders<Restores>,
     content: &VMRestoreContent,
     order: &RestoreOrder,
+    turns: Turns,
 ) -> Result<Option<Turn>, JournalError> {
-    let asked = Asked { orders, content };
+    let asked = Asked { orders, content, order, turns: Mutex::new(turns) };
     let (told, news) = watch::channel(None);
     let advance = orders.context.work.advance(order, &asked, &told);
     tokio::select! {
@@ -189,15 +191,25 @@ async fn delete(
     Ok(if deletion.over { Action::await_change() } else { Action::requeue(TRY_AGAIN) })
 }
 
-/// Asks the watch's store whether the restore is still wanted.
+/// Asks the watch's store whether the restore is still wanted, and has the turns of its VMs.
 struct Asked<'a> {
     orders: &'a Orders<Restores>,
     content: &'a VMRestoreContent,
+    order: &'a RestoreOrder,
+    turns: Mutex<Turns>,
 }
 
 impl Progress for Asked<'_> {
     fn cancelled(&self) -> bool {
         self.orders.is_unwanted(self.content)
+    }
+
+    /// It isn't waited for again: whoever did that with the new VM's turn in hand could wait for ever.
+    fn only_reads(&self) {
+        let is_new = self.order.new_vm.as_ref() == Some(&self.order.vm);
+        if !is_new && self.turns.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.order.vm).is_some() {
+            tracing::debug!("the snapshot's VM can be snapshotted while its data is copied");
+        }
     }
 }
 

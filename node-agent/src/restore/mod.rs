@@ -9,7 +9,8 @@
 //! - *plan*: what would be done; nothing is. A dry run ends here.
 //! - *stop*: a restore in place sees to it that the VM doesn't run. The operator then has the VM's state kept as a
 //!   snapshot of its own, and only says `Restore` when that is complete.
-//! - *make*: each new image, under a name of its own, complete and on disk.
+//! - *make*: each new image, under a name of its own, complete and on disk. Full copies for a new VM are made without the
+//!   turn of the snapshot's VM ([`reading`]).
 //! - *switch*: the images get the disks' names ([`switch`]), or a new VM gets its directory ([`new_vm`]).
 //!
 //! What is made is named in the journal first. A restore that a crash interrupted goes on where it was; one that failed
@@ -27,6 +28,7 @@ mod new_vm;
 pub mod order;
 mod outcome;
 mod plan;
+pub(crate) mod reading;
 pub mod record;
 mod removal;
 mod source;
@@ -171,12 +173,18 @@ impl Restores {
         progress: &dyn Progress,
         told: &Told,
     ) -> Result<Turn, JournalError> {
+        let only_reads = record.only_reads();
+        if only_reads {
+            progress.only_reads();
+        }
         let made = tokio::select! {
             biased;
             () = cancelled(progress) => Err(Failure::cancelled()),
             made = self.make(record, told) => made,
         };
-        match made {
+        // Nothing may have moved it, but somebody may have written to it.
+        let unmoved = || if only_reads { source::check_unmoved(self, record) } else { Ok(()) };
+        match made.and_then(|()| unmoved()) {
             Ok(()) => self.switch(record).await,
             Err(failure) => self.fail(record, &failure).await,
         }

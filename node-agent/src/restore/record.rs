@@ -131,6 +131,16 @@ impl RestoreRecord {
         Self { order: order.clone(), stage: Stage::Open, disks, directory: None, boot: None, status: None }
     }
 
+    /// Whether what is still to be done reads the snapshot's images, perhaps for hours, and no more: a new VM's are
+    /// copied from them. As long as that is on record they stay as they are ([`super::reading`]), and the turn of the
+    /// snapshot's VM isn't needed.
+    #[must_use]
+    pub fn only_reads(&self) -> bool {
+        let copied = |disk: &DiskRestore| matches!(disk.method, Method::Copy | Method::VolumeCopy);
+        let links = self.disks.iter().any(|disk| disk.method == Method::Link);
+        self.stage == Stage::Open && self.order.new_vm.is_some() && !links && self.disks.iter().any(copied)
+    }
+
     /// Whether there is still something to do.
     #[must_use]
     pub fn is_unsettled(&self) -> bool {

@@ -15,7 +15,7 @@ use super::record::{DiskRestore, RestoreRecord};
 use crate::causes::chain;
 use crate::drivers::DiskTask;
 use crate::hypervisor::backing::backing_of;
-use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots, trusted_directory};
+use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots, trusted_directory};
 use crate::hypervisor::qcow2::{HeaderError, has_external_data};
 use crate::session::journal::{JournalError, SessionRecord, Stage};
 use crate::session::outcome::Failure;
@@ -111,17 +111,20 @@ pub fn place(roots: &ImageRoots, image: &Path) -> Result<(ImageDirectory, String
 
 /// Whether an image of a snapshot has a backing file; it fails unless all that it consists of is where it may be.
 pub fn has_backing(roots: &ImageRoots, image: &Path, format: &str) -> Result<bool, Failure> {
-    let (directory, name) = place(roots, image).map_err(|error| failed(&error))?;
-    if !LAYERED.contains(&format) {
-        let found = directory.id(&name).map_err(|error| failed(&error))?;
-        return found.map(|_| false).ok_or_else(|| gone(image));
-    }
-    let mut next = backing(&directory, &name)?;
-    let has = next.is_some();
+    Ok(files(roots, image, format)?.len() > 1)
+}
+
+/// The files that an image of a snapshot consists of, its own first; it fails unless all are where they may be.
+pub fn files(roots: &ImageRoots, image: &Path, format: &str) -> Result<Vec<FileId>, Failure> {
+    let (mut directory, mut name) = place(roots, image).map_err(|error| failed(&error))?;
+    let mut found = vec![];
     for _ in 0..DEEPEST {
-        let Some(path) = next else { return Ok(has) };
-        let (directory, name) = roots.directory_of(&path).map_err(|error| failed(&error))?;
-        next = backing(&directory, &name)?;
+        let file = directory.id(&name).map_err(|error| failed(&error))?;
+        found.push(file.ok_or_else(|| gone(&directory.join(&name)))?);
+        let layered = found.len() > 1 || LAYERED.contains(&format);
+        let below = if layered { backing(&directory, &name)? } else { None };
+        let Some(below) = below else { return Ok(found) };
+        (directory, name) = roots.directory_of(&below).map_err(|error| failed(&error))?;
     }
     Err(Failure::new(reasons::RESTORE_FAILED, format!("the chain of {} comes to no end", image.display())))
 }

@@ -56,6 +56,7 @@ use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 use crate::locks::Waiting;
+use crate::restore::record::RestoreRecord;
 pub(crate) use complete::cancelled;
 use journal::{Journal, JournalError, SessionRecord, Stage};
 use machine::{Machine, StoppedVms};
@@ -74,6 +75,8 @@ pub struct Sessions {
     pub guard: Guard,
     /// The records.
     pub journal: Journal,
+    /// The restores' records: what they copy from stays as it is.
+    pub restores: Journal<RestoreRecord>,
     /// What takes the disks.
     pub drivers: Drivers,
     /// VMs that don't run.
@@ -92,6 +95,10 @@ pub trait Progress: Send + Sync {
 
     /// Tells how far the copies are. Nobody need listen: the next one says more.
     async fn tell(&self, _status: VMSnapshotContentStatus) {}
+
+    /// Tells that what is still to be done only reads a VM's images, which a record keeps as they are: its turn isn't
+    /// needed any more.
+    fn only_reads(&self) {}
 }
 
 /// Whether a session is over, or has reached a point that should be reported before it goes on.

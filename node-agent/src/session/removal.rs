@@ -17,6 +17,7 @@ use crate::drivers::{DriverError, Drivers, Env, Pace, Removal, Sibling};
 use crate::hypervisor::image::ImageError;
 use crate::hypervisor::{OpenError, Vm};
 use crate::locks::Waiting;
+use crate::restore::reading;
 
 /// A driver that needs more steps than this for one disk goes round in circles.
 const MOST_STEPS: usize = 32;
@@ -96,6 +97,9 @@ impl Sessions {
             let kept = if record.stage == Stage::Retained { handles(&record) } else { vec![] };
             return Ok(over(outcome::removed(&record, &kept)));
         }
+        if let Some(why) = self.why_not_yet(&record)? {
+            return Ok(Deletion { status: outcome::not_removed(&record, &why), over: false, moved: vec![] });
+        }
         let whole = record.stage == Stage::Complete && !record.removing;
         let retained = order.deletion_policy == DeletionPolicy::Retain && whole;
         if !record.removing && !retained {
@@ -122,6 +126,15 @@ impl Sessions {
                 Ok(Deletion { status: outcome::not_removed(&record, &why), over: false, moved: vec![] })
             }
         }
+    }
+
+    /// What a deletion waits for before it is begun, or gone on with. Only one that may have moved another snapshot's data
+    /// already is finished first: a restore that was begun waits for it in turn.
+    fn why_not_yet(&self, record: &SessionRecord) -> Result<Option<String>, JournalError> {
+        if record.tasks.iter().any(|task| self.is_half_removed(task)) {
+            return Ok(None);
+        }
+        reading::reader_of(self, record)
     }
 
     /// Removes every disk's artifacts, step by step; each step's state is on disk before the next.
@@ -171,10 +184,7 @@ impl Sessions {
     async fn finish_half_removed(&self, record: &mut SessionRecord, removed: &mut Removed) -> Result<(), RemovalError> {
         let order = record.order.clone();
         for mut other in self.journal.all()?.into_iter().filter(|other| is_sibling(other, &order)) {
-            let half_removed = |at: &usize| {
-                let task = &other.tasks[*at];
-                self.drivers.find(&task.driver).is_some_and(|driver| driver.is_half_removed(task))
-            };
+            let half_removed = |at: &usize| self.is_half_removed(&other.tasks[*at]);
             for at in (0..other.tasks.len()).filter(half_removed).collect::<Vec<_>>() {
                 let kept = removed.kept.len();
                 self.refuse_owed(&order).await?;

@@ -6,10 +6,11 @@ use super::Sessions;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::limits;
 use crate::drivers::overlay::shorten::{self, TooDeep};
-use crate::drivers::{DriverError, Env, Sibling};
+use crate::drivers::{DiskTask, DriverError, Env, Sibling};
 use crate::hypervisor::still::StillError;
 use crate::hypervisor::{OpenError, Vm, VmKey};
 use crate::locks::Waiting;
+use crate::restore::reading;
 
 /// Why a VM's chains can't be looked at, or not be shortened now.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +71,8 @@ impl Sessions {
     pub async fn shorten(&self, vm: &VmKey, waiting: &Waiting) -> Result<Depth, ShorteningError> {
         let records: Vec<_> = self.journal.all()?.into_iter().filter(|record| is_of(record, vm)).collect();
         let Some(deepest) = records.iter().filter_map(depth_of).min() else { return Ok(Depth::Enough) };
-        if records.iter().any(|record| self.is_under_way(record)) {
+        let copied = !reading::of_vm(self, vm)?.is_empty();
+        if copied || records.iter().any(|record| self.is_under_way(record)) {
             return Ok(Depth::Unseen);
         }
         if !matches!(self.guard.owed(&vm.to_string()).await, Ok(false)) {
@@ -101,12 +103,13 @@ impl Sessions {
 
     /// Whether it may change by itself which files the snapshots have.
     fn is_under_way(&self, record: &SessionRecord) -> bool {
-        let half_removed = |task: &crate::drivers::DiskTask| {
-            self.drivers.find(&task.driver).is_some_and(|driver| driver.is_half_removed(task))
-        };
         let kept = record.stage == Stage::Retained;
         matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed)
-            || !kept && record.tasks.iter().any(half_removed)
+            || !kept && record.tasks.iter().any(|task| self.is_half_removed(task))
+    }
+
+    pub(super) fn is_half_removed(&self, task: &DiskTask) -> bool {
+        self.drivers.find(&task.driver).is_some_and(|driver| driver.is_half_removed(task))
     }
 
     pub(super) fn files_of(&self, record: &SessionRecord) -> Vec<Sibling> {

@@ -98,6 +98,7 @@ impl World {
             vm_root,
             guard: Guard::new(socket),
             journal: Journal::open(run.path().join("contents")).unwrap(),
+            restores: Journal::open(run.path().join("restores")).unwrap(),
             drivers,
             stopped: StoppedVms::with_files_only(),
             space: SpaceWatch::default(),

@@ -83,12 +83,14 @@ pub fn restores(run: &Path) -> Restores {
         roots: roots(run),
         guard: Guard::new(run.join("guard.sock")),
         journal: Journal::open(run.join("contents")).unwrap(),
+        restores: Journal::open(run.join("restores")).unwrap(),
         drivers: Drivers::default(),
         stopped: StoppedVms::with_files_only(),
         boots: boots.clone(),
         space: SpaceWatch::default(),
     };
-    Restores { sessions: Arc::new(sessions), journal: Journal::open(run.join("restores")).unwrap(), boots }
+    let journal = sessions.restores.clone();
+    Restores { sessions: Arc::new(sessions), journal, boots }
 }
 
 pub fn order(number: u32, source: &Taken, kept: Option<&Taken>) -> RestoreOrder {

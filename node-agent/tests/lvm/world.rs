@@ -111,6 +111,7 @@ impl World {
             vm_root,
             guard: Guard::new(socket),
             journal: Journal::open(run.path().join("contents")).unwrap(),
+            restores: Journal::open(run.path().join("restores")).unwrap(),
             drivers: Drivers::default(),
             stopped: StoppedVms::with_files_only(),
             space: SpaceWatch::default(),

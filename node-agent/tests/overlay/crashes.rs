@@ -179,7 +179,7 @@ async fn a_legacy_disk_keeps_all_data_when_qemu_dies_around_the_deletion_of_its_
 }
 
 /// A merge of the disk's own layer that was cancelled leaves an image that QEMU opened by itself writable, and what is
-/// merged into it next is in QEMU's memory alone: there is no way to have that written out.
+/// merged into it next would be in QEMU's memory alone: it is made read-only first.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_in_a_base_that_a_cancelled_merge_left_writable() {
     let mut lab = lab(Shape::Legacy, 1).await;
@@ -195,14 +195,9 @@ async fn nothing_is_lost_in_a_base_that_a_cancelled_merge_left_writable() {
     until(async || lab.machine.execute("query-jobs", json!({})).await == json!([])).await;
     assert!(!lab.machine.graph().await.node(&chain[1]).unwrap().read_only, "this QEMU leaves no base writable");
     lab.take().await;
-    let order = lab.snapshots[&lower].order.clone();
-    let deletion = lab.sessions.delete(&order).await.unwrap();
-    let said: Vec<_> = deletion.status.conditions.iter().map(|condition| &condition.message).collect();
-    let refused = said.iter().any(|message| message.contains("was left writable"));
-    assert!(!deletion.over && refused, "a merge into it was begun: {said:?}");
+    lab.delete(lower).await;
     lab.machine.kill();
     assert_eq!(crate::machine::view(&lab.disks[0].image), lab.disks[0].now);
-    lab.delete(lower).await;
     lab.check().await;
     lab.machine.start().await;
     lab.check().await;

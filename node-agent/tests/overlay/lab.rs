@@ -94,6 +94,7 @@ impl Lab {
             roots: ImageRoots::new(vec![root.join("images")]),
             guard: Guard::new(root.join("guard.sock")),
             journal: Journal::open(root.join("journal")).unwrap(),
+            restores: Journal::open(root.join("restores")).unwrap(),
         };
         let mut machine = Machine::new(root, &root.join("vms/shop/db"), extra, &drives);
         machine.start().await;

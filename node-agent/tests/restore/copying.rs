@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use freezeframe_api::conditions::reasons;
 use freezeframe_api::v1alpha1::{RestoreContentPhase, RestoreMode, VMRestoreContentStatus};
 use freezeframe_node_agent::restore::order::RestoreOrder;
+use freezeframe_node_agent::session::Progress;
 
 use crate::cases::Case;
 use crate::content::Content;
@@ -24,11 +25,11 @@ const SOON: Duration = Duration::from_secs(60);
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_that_copies() {
     let Some((run, restores, order)) = node::asked() else { return };
-    let wish = Wish::default();
+    let wish = Asked { wish: Wish::default(), run: run.clone() };
     let told = tokio::sync::watch::Sender::new(None);
     let cancelled = async {
         await_file(&run.join("cancel")).await;
-        wish.cancel();
+        wish.wish.cancel();
         std::future::pending::<()>().await;
     };
     let turn = tokio::select! {
@@ -40,20 +41,36 @@ async fn the_agent_that_copies() {
     std::fs::rename(run.join("status.new"), run.join("status")).unwrap();
 }
 
+/// Wanted until it is said not to be; says when the turn of the snapshot's VM was given up.
+struct Asked {
+    wish: Wish,
+    run: PathBuf,
+}
+
+impl Progress for Asked {
+    fn cancelled(&self) -> bool {
+        self.wish.cancelled()
+    }
+
+    fn only_reads(&self) {
+        std::fs::write(self.run.join("only-reads"), "").unwrap();
+    }
+}
+
 async fn await_file(path: &Path) {
     while !path.exists() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-async fn until_gone(path: &Path) {
+pub async fn until_gone(path: &Path) {
     while path.exists() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
 /// The agent's process; it is ended when this is dropped.
-struct Agent {
+pub struct Agent {
     process: Child,
     run: PathBuf,
     _tools: tempfile::TempDir,
@@ -61,7 +78,7 @@ struct Agent {
 
 impl Agent {
     /// Starts it on an order; `first` is done before `qemu-img` copies, whose arguments begin with `slowly`.
-    fn start(lab: &Lab, order: &RestoreOrder, first: &str, slowly: &str) -> Self {
+    pub fn start(lab: &Lab, order: &RestoreOrder, first: &str, slowly: &str) -> Self {
         let (run, tools) = (Lab::run(&lab.world).to_owned(), tempfile::tempdir().unwrap());
         let real = crate::storage::run("which qemu-img", &[]);
         let (real, pid) = (real.trim(), run.join("copying"));
@@ -80,25 +97,31 @@ impl Agent {
     }
 
     /// The process of `qemu-img`, once it copies.
-    async fn copying(&self) -> PathBuf {
+    pub async fn copying(&self) -> PathBuf {
         let pid = self.run.join("copying");
         tokio::time::timeout(SOON, await_file(&pid)).await.expect("nothing is copied");
         Path::new("/proc").join(std::fs::read_to_string(pid).unwrap().trim())
     }
 
-    fn cancel(&self) {
+    /// Ends it as a crash does.
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    pub fn cancel(&self) {
         std::fs::write(self.run.join("cancel"), "").unwrap();
     }
 
     /// What came of it.
-    async fn ended(mut self) -> VMRestoreContentStatus {
+    pub async fn ended(mut self) -> VMRestoreContentStatus {
         let end = Instant::now() + SOON;
         while self.process.try_wait().unwrap().is_none() {
             assert!(Instant::now() < end, "the agent doesn't come to an end");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let status = std::fs::read(self.run.join("status")).expect("the agent failed");
-        for left in ["status", "copying", "cancel"] {
+        for left in ["status", "copying", "cancel", "only-reads"] {
             // Not each restore has all.
             drop(std::fs::remove_file(self.run.join(left)));
         }

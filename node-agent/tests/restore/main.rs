@@ -34,6 +34,7 @@ mod dependence;
 mod elsewhere;
 mod in_place;
 mod lab;
+mod meanwhile;
 mod node;
 mod order;
 mod refusals;

@@ -32,12 +32,14 @@ pub fn restores(run: &Path, roots: ImageRoots, drivers: Drivers) -> Restores {
         roots,
         guard: Guard::new(run.join("guard.sock")),
         journal: Journal::open(run.join("contents")).unwrap(),
+        restores: Journal::open(run.join("restores")).unwrap(),
         drivers,
         stopped: StoppedVms::with_files_only(),
         space: SpaceWatch::default(),
         boots: boots.clone(),
     };
-    Restores { sessions: Arc::new(sessions), journal: Journal::open(run.join("restores")).unwrap(), boots }
+    let journal = sessions.restores.clone();
+    Restores { sessions: Arc::new(sessions), journal, boots }
 }
 
 /// This test program once more, to be an agent that works on an order: `test` is the test that does, with [`asked`].

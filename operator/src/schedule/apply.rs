@@ -23,14 +23,21 @@ use crate::events;
 /// quota. It is told in the status, and the first such error is returned at the end.
 pub async fn apply(observed: &Observed, actions: Vec<Action>, ctx: &Context) -> Result<(), Error> {
     let schedule = &*observed.schedule;
-    let mut refusals = Refusals::default();
+    let (mut refusals, mut instead) = (Refusals::default(), vec![]);
     for action in actions {
         match action {
             Action::Replace(snapshot) => refusals.note(&snapshot, delete(ctx, &snapshot).await)?,
             Action::Create(snapshot) if refusals.concern(&snapshot) => {} // The one that it replaces is still there.
-            Action::Create(snapshot) => refusals.note(&snapshot, create(ctx, schedule, &snapshot).await)?,
+            Action::Create(snapshot) => refusals.note_creation(&snapshot, create(ctx, schedule, &snapshot).await)?,
+            Action::CreateInstead(_) if refusals.places == 0 => {}
+            Action::CreateInstead(snapshot) => {
+                refusals.places -= 1;
+                refusals.note_creation(&snapshot, create(ctx, schedule, &snapshot).await)?;
+                instead.extend((!refusals.concern(&snapshot)).then_some(*snapshot));
+            }
             Action::SetOwners(snapshot, owners) => refusals.keep(set_owners(ctx, &snapshot, &owners).await)?,
             Action::WriteStatus(mut status) => {
+                status::taken_instead(&mut status, &instead);
                 status::not_taken(&mut status, schedule, &refusals.of_vms, ctx.clock.now());
                 if schedule.status.as_ref() != Some(&*status) {
                     write_status(ctx, schedule, &status).await?;
@@ -48,11 +55,18 @@ struct Refusals {
     first: Option<Error>,
     /// For which VMs no snapshot was made, and why.
     of_vms: BTreeMap<String, String>,
+    /// How many more may be made in their place.
+    places: usize,
 }
 
 impl Refusals {
     fn concern(&self, snapshot: &VMSnapshot) -> bool {
         self.of_vms.contains_key(&snapshot.spec.vm_name)
+    }
+
+    fn note_creation(&mut self, snapshot: &VMSnapshot, result: Result<(), Error>) -> Result<(), Error> {
+        self.places += usize::from(result.is_err());
+        self.note(snapshot, result)
     }
 
     fn note(&mut self, snapshot: &VMSnapshot, result: Result<(), Error>) -> Result<(), Error> {

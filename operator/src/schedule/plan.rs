@@ -33,6 +33,8 @@ pub enum Action {
     Replace(Box<VMSnapshot>),
     /// Have a snapshot taken.
     Create(Box<VMSnapshot>),
+    /// Have a snapshot taken in the place of one that the server refused.
+    CreateInstead(Box<VMSnapshot>),
     /// Give a snapshot these owners.
     SetOwners(Box<VMSnapshot>, Vec<OwnerReference>),
     /// Tell the user.
@@ -138,7 +140,8 @@ fn judge_lateness(run: &mut Run, schedule: &VMSnapshotSchedule, time: Timestamp,
 }
 
 /// Starts what is due, the one that waits longest first, as far as there is room. Of those that wait equally long the one
-/// whose last snapshot is the oldest goes first, so that no VM is left behind by its name.
+/// whose last snapshot is the oldest goes first, so that no VM is left behind by its name. The others stand by, lest a VM
+/// whose snapshots the server always refuses keep a place.
 fn start(runs: &mut [Run], observed: &Observed, actions: &mut Vec<Action>) {
     let schedule = &observed.schedule;
     let under_way = observed.snapshots.iter().filter(|snapshot| is_active(snapshot)).count();
@@ -158,6 +161,9 @@ fn start(runs: &mut [Run], observed: &Observed, actions: &mut Vec<Action>) {
             room = less;
         } else {
             run.message = Some(format!("{} snapshots of the schedule are being taken already.", limit.unwrap_or(0)));
+            let started = actions.iter().any(|action| matches!(action, Action::Create(_)));
+            let instead = || Action::CreateInstead(Box::new(made::snapshot(schedule, &run.vm.name, time)));
+            actions.extend(started.then(instead));
             continue;
         }
         let snapshot = made::snapshot(schedule, &run.vm.name, time);

@@ -77,6 +77,17 @@ pub fn stalled(schedule: &VMSnapshotSchedule, reason: &str, message: &str, now: 
     draft.status
 }
 
+/// Adds to a status the snapshots that were made in the place of others.
+pub fn taken_instead(status: &mut VMSnapshotScheduleStatus, snapshots: &[VMSnapshot]) {
+    for snapshot in snapshots {
+        let Some(vm) = status.vms.iter_mut().find(|vm| vm.name == snapshot.spec.vm_name) else { continue };
+        vm.last_schedule_time = made::time_of(snapshot).map(Time);
+        vm.active.push(snapshot.name_any());
+        vm.message = None;
+    }
+    status.active_count = count(status.vms.iter().map(|vm| vm.active.len()).sum());
+}
+
 /// Takes from a status what was planned for these VMs and couldn't be done, and says why. The time stays due.
 pub fn not_taken(
     status: &mut VMSnapshotScheduleStatus,

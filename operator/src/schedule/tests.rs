@@ -177,6 +177,8 @@ fn no_more_than_the_limit_are_under_way_and_the_one_that_waits_longest_goes_firs
     let snapshots = vec![active(), c_is_up_to_date()];
     let full = plan(&observed(&schedule, &["a", "b", "c", "d"], snapshots), now);
     assert_eq!(created(&full), ["s-a-20260101t020000z"]);
+    let stands_by = |action: &Action| matches!(action, Action::CreateInstead(one) if one.spec.vm_name == "b");
+    assert!(full.actions.iter().any(stands_by), "nobody takes the place of one that is refused");
     assert_eq!(message(&full, "b"), "2 snapshots of the schedule are being taken already.");
     assert_eq!(told(&full).active_count, 2);
     let mut going = active();

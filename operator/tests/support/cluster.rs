@@ -33,6 +33,8 @@ pub struct State {
     pub before_deletion: Option<fn(&mut State)>,
     /// Snapshots that a quota leaves room for.
     pub quota: usize,
+    /// VMs of which an admission policy denies every snapshot.
+    pub denied: Vec<&'static str>,
     version: u64,
 }
 
@@ -76,6 +78,7 @@ impl Cluster {
             calls: vec![],
             before_deletion: None,
             quota: usize::MAX,
+            denied: vec![],
             version: 100,
         };
         let state = Arc::new(Mutex::new(state));
@@ -253,7 +256,8 @@ fn create(call: Call, state: &mut State) {
     if state.snapshots.contains_key(&name) {
         return call.fail(409, "AlreadyExists");
     }
-    if state.snapshots.len() >= state.quota {
+    let denied = state.denied.iter().any(|vm| snapshot["spec"]["vmName"] == **vm);
+    if denied || state.snapshots.len() >= state.quota {
         return call.fail(403, "Forbidden");
     }
     state.version += 1;

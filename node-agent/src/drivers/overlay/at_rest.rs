@@ -5,7 +5,7 @@
 //! flush goes to its own layer alone. The file above would be unlinked while its data is nowhere else on disk.
 
 use freezeframe_qemu::Node;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::place::Place;
 use super::prepare::{cache_options, with_backing};
@@ -14,7 +14,7 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// Makes the images below the disk's own read-only again, which writes out their tables; whether one wasn't.
 pub async fn restore(vm: &Vm, place: &Place<'_>, own_job: &str) -> Result<bool> {
-    let left = || place.chain.iter().skip(1).filter(|node| !node.read_only && may_be_reopened(node));
+    let left = || (1..place.chain.len()).filter(|at| !place.chain[*at].read_only && may_be_reopened(place, *at));
     if left().next().is_none() {
         return Ok(false);
     }
@@ -24,10 +24,28 @@ pub async fn restore(vm: &Vm, place: &Place<'_>, own_job: &str) -> Result<bool> 
     if jobs.iter().any(|job| job.id == own_job && job.status != "concluded") {
         return Ok(false);
     }
-    for node in left() {
-        reopen(vm, node, true).await?;
+    let mut restored = false;
+    for node in left().map(|at| place.chain[at]) {
+        restored |= make_read_only(vm, node).await?;
     }
-    Ok(true)
+    Ok(restored)
+}
+
+/// Whether it came to be. One that QEMU named itself may stay as it is, since it only may not be merged into then.
+async fn make_read_only(vm: &Vm, node: &Node) -> Result<bool> {
+    if !node.auto_named {
+        reopen(vm, node, true).await?;
+        return Ok(true);
+    }
+    // QMP's own command takes no such name, and the human monitor's answers in words only: what has come of it is seen
+    // in the graph.
+    let line = json!({"command-line": format!("qemu-io {} \"reopen -r\"", node.name)});
+    let said = vm.qmp().execute::<Value>("human-monitor-command", line, QMP_TIMEOUT).await;
+    if is_read_only(vm, node).await? {
+        return Ok(true);
+    }
+    tracing::warn!(file = node.file, ?said, "an image that a merge left writable stays so");
+    Ok(false)
 }
 
 /// Writes out what a writable node of ours has in memory, its tables among it, and says whether that worked: alone of
@@ -69,7 +87,7 @@ pub async fn is_read_only(vm: &Vm, base: &Node) -> Result<bool> {
     Ok(graph.node(&base.name).is_some_and(|node| node.read_only))
 }
 
-/// Whether QEMU lets a node's options be changed. A merge into one where it doesn't makes way for nobody.
-pub fn may_be_reopened(node: &Node) -> bool {
-    !node.auto_named
+/// Whether a node can be made read-only without QEMU's opening another file by its name.
+fn may_be_reopened(place: &Place<'_>, at: usize) -> bool {
+    !place.chain[at].auto_named || place.may_become_writable(at)
 }

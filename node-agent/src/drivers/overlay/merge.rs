@@ -283,11 +283,7 @@ async fn commit_active(
         "auto-dismiss": false,
     });
     start(env, vm, state, "block-commit", arguments).await?;
-    if at_rest::may_be_reopened(place.chain[place.at]) {
-        env.pace.wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
-    } else {
-        jobs::wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
-    }
+    env.pace.wait(vm.qmp(), &state.job(), Wanted::Ready).await?;
     // What the guest wrote meanwhile is merged while its virtual CPUs stand still.
     jobs::hurry(vm.qmp(), &state.job()).await;
     switch(directory, state, Some(state.job()), place)

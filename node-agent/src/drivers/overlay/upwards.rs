@@ -100,7 +100,7 @@ impl Upwards<'_> {
 pub fn may_take(place: &Place<'_>, at: usize) -> bool {
     let node = place.chain[at];
     let known = matches!(place.file(at), Some(NodeFile::Pinned { .. } | NodeFile::Named { .. }));
-    node.driver == "qcow2" && known && (at > 0 || at_rest::may_be_reopened(node))
+    node.driver == "qcow2" && known && (at > 0 || !node.auto_named)
 }
 
 /// All that is copied must fit, and leave as much free as the classes want.

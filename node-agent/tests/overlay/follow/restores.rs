@@ -8,7 +8,6 @@ use freezeframe_node_agent::hypervisor::VmKey;
 use freezeframe_node_agent::restore::order::RestoreOrder;
 use freezeframe_node_agent::restore::{Restores, Turn};
 use freezeframe_node_agent::session::Sessions;
-use freezeframe_node_agent::session::journal::Journal;
 use freezeframe_node_agent::session::machine::StoppedVms;
 use freezeframe_node_agent::session::space_watch::SpaceWatch;
 use tokio::sync::watch;
@@ -31,20 +30,20 @@ async fn a_snapshot_comes_back_as_a_new_vms_disk_and_not_in_place() {
 
 /// Restores each snapshot in every way, and sees that what is made reads right.
 pub async fn come_back_as_a_new_vms_alone(lab: &Lab, taken: [u32; 2]) {
-    let journal = lab.sessions.vm_root.with_file_name("restores");
     let Lab { sessions, snapshots, .. } = lab;
     let sessions = Sessions {
         vm_root: sessions.vm_root.clone(),
         roots: sessions.roots.clone(),
         guard: sessions.guard.clone(),
         journal: sessions.journal.clone(),
+        restores: sessions.restores.clone(),
         drivers: sessions.drivers.clone(),
         stopped: StoppedVms::with_files_only(),
         boots: sessions.boots.clone(),
         space: SpaceWatch::default(),
     };
-    let boots = sessions.boots.clone();
-    let restores = Restores { sessions: Arc::new(sessions), journal: Journal::open(journal).unwrap(), boots };
+    let (boots, journal) = (sessions.boots.clone(), sessions.restores.clone());
+    let restores = Restores { sessions: Arc::new(sessions), journal, boots };
     let advance =
         async |order: &RestoreOrder| match restores.advance(order, &Wanted, &watch::Sender::new(None)).await.unwrap() {
             Turn::Over(status) => *status,
