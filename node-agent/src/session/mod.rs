@@ -33,6 +33,7 @@ mod overwritten;
 mod removal;
 pub mod shortening;
 mod shortening_stopped;
+mod siblings;
 mod space;
 pub mod space_watch;
 mod still_cut;
