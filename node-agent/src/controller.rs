@@ -16,6 +16,7 @@ use crate::orders::{NotAsked, OrderError, Orders, TRY_AGAIN, Work};
 use crate::report::report;
 use crate::session::journal::{Journal, JournalError, SessionRecord, Stage};
 use crate::session::order::Order;
+use crate::session::outcome::is_waiting;
 use crate::session::{Progress, Sessions, Turn};
 
 impl Work for Sessions {
@@ -79,7 +80,7 @@ impl Work for Sessions {
                 }
                 Turn::Report(status) => {
                     report(&common.client, content, &status).await?;
-                    if status.phase == Some(ContentPhase::Failed) {
+                    if is_waiting(&status) {
                         return Ok(Action::requeue(TRY_AGAIN));
                     }
                 }

@@ -7,7 +7,7 @@
 pub mod args;
 pub mod boot;
 mod controller;
-mod crash;
+pub mod crash;
 pub mod drivers;
 pub mod fill;
 pub mod governor;

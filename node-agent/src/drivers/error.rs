@@ -95,6 +95,18 @@ pub enum DriverError {
     },
 }
 
+impl DriverError {
+    /// Whether the VM, or the directory of its images, couldn't be reached: that says nothing of what is there.
+    #[must_use]
+    pub fn is_out_of_reach(&self) -> bool {
+        match self {
+            Self::Qemu { source, .. } => source.class().is_none(),
+            Self::Image(error) => matches!(error, ImageError::MaybeUnmounted { .. } | ImageError::Empty(_)),
+            _ => false,
+        }
+    }
+}
+
 /// Result of a driver's function.
 pub type Result<T> = std::result::Result<T, DriverError>;
 /// Names what was being done when QEMU refused.

@@ -16,6 +16,7 @@
 //! where a class wants it short ([`shorten`]).
 
 mod at_rest;
+mod finalize;
 pub(crate) mod follow;
 mod follow_merge;
 pub(crate) mod followed;
@@ -139,6 +140,10 @@ impl SnapshotDriver for Overlay {
 
     async fn complete(&self, vm: &Vm, roots: &ImageRoots, task: &mut DiskTask) -> Result<()> {
         let mut state: State = task.state()?;
+        // One that isn't mounted is waited for: what was cut is there.
+        if let Some(directory) = roots.existing_directory(&state.directory)? {
+            directory.mounted()?;
+        }
         prepare::pin_base(vm, roots, &state).await?;
         prepare::verify(vm, roots, task, &state).await?;
         if state.keeps_name() && state.untouched.is_none() {

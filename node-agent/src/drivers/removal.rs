@@ -47,13 +47,13 @@ pub struct Env<'a> {
     pub vm: Option<&'a Vm>,
     /// Where images may be.
     pub roots: &'a ImageRoots,
-    /// Other snapshots' disks of the same VM that still have files.
+    /// Other snapshots' disks that still have files, of other VMs too.
     pub siblings: &'a [Sibling],
     /// How fast merges go, and what they make way for.
     pub pace: &'a Pace,
 }
 
-/// A file of another snapshot of the same VM.
+/// A file of another snapshot.
 #[derive(Clone, Debug)]
 pub struct Sibling {
     /// Where it is.

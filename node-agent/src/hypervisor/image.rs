@@ -3,7 +3,9 @@
 //! QEMU tells us its images' paths, and QEMU is not trusted: a path outside the roots, a symbolic link, or anything
 //! but a regular file is refused before something is created, renamed or handed over.
 
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
@@ -306,6 +308,33 @@ impl ImageDirectory {
             Err(source) => Some(Err(io(source))),
         });
         names.collect()
+    }
+
+    /// Names in it that aren't text.
+    pub fn names_that_are_no_text(&self) -> Result<Vec<OsString>> {
+        let io = |source| io_error("list directory", &self.path, source);
+        let entries = rustix::fs::Dir::read_from(&self.fd).map_err(io)?;
+        let mut names = vec![];
+        for entry in entries {
+            let entry = entry.map_err(io)?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            names.extend(name.to_str().is_none().then(|| name.to_owned()));
+        }
+        Ok(names)
+    }
+
+    /// Opens a regular file of it for reading whose name isn't text.
+    pub fn open_named_by_no_text(&self, name: &OsStr) -> Result<OwnedFd> {
+        let path = self.path.join(name);
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let io = |source| io_error("open", &path, source);
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty()).map_err(io)?;
+        let found = rustix::fs::fstat(&fd).map_err(io)?;
+        if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
+            Ok(fd)
+        } else {
+            Err(ImageError::NotRegular(path))
+        }
     }
 
     /// Bytes that are free for us on its file system.

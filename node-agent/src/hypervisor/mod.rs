@@ -4,6 +4,7 @@
 //! there is no value to call them with.
 
 pub mod backing;
+pub mod backing_path;
 pub mod btrfs;
 pub mod device;
 pub mod disks;

@@ -102,28 +102,6 @@ impl StorageDaemon {
         Ok(())
     }
 
-    /// Lets go of what [`Self::hold`] took, closes the nodes `above`, and writes out what the node below them, of `size`
-    /// bytes, has in memory. Closing that one would do so too, and not say whether it worked; a change of size to what it
-    /// is does, and QEMU refuses it to what is below another.
-    pub async fn write_out(&self, above: &[&str], node: &str, size: u64) -> Result<(), OfflineError> {
-        let export = json!({"id": "hold", "mode": "hard"});
-        self.qmp.execute::<Value>("block-export-del", export, QMP_TIMEOUT).await?;
-        let end = Instant::now() + QMP_TIMEOUT;
-        let is_held = async || {
-            let exports = self.qmp.execute::<Vec<Value>>("query-block-exports", json!({}), QMP_TIMEOUT).await?;
-            Ok::<_, QemuError>(!exports.is_empty())
-        };
-        while Instant::now() < end && is_held().await? {
-            sleep(Duration::from_millis(10)).await;
-        }
-        for node in above {
-            self.qmp.blockdev_del(node, QMP_TIMEOUT).await?;
-        }
-        let size = json!({"node-name": node, "size": size});
-        self.qmp.execute::<Value>("block_resize", size, QMP_TIMEOUT).await?;
-        Ok(())
-    }
-
     /// Closes all images and waits for the daemon's end.
     pub async fn stop(mut self) -> Result<(), OfflineError> {
         self.qmp.quit(QMP_TIMEOUT).await?;

@@ -31,6 +31,9 @@ pub enum HeaderError {
     /// The image has a parent that can't be looked up.
     #[error("the image has a parent, and that of a VMDK image isn't looked up")]
     Parent,
+    /// The backing string may lead to any file.
+    #[error("the image may lie on any other: it says that its backing image is {0}")]
+    UnclearBacking(String),
     /// The file couldn't be read.
     #[error("failed to read the image's header")]
     Io(#[from] std::io::Error),

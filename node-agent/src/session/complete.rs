@@ -7,7 +7,7 @@ use freezeframe_api::v1alpha1::{BootCheck, VMSnapshotContentStatus, Verify};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::at_rest;
-use super::journal::SessionRecord;
+use super::journal::{JournalError, SessionRecord};
 use super::outcome::{self, Failure};
 use super::{Progress, Sessions};
 use crate::boot::BootDisk;
@@ -24,22 +24,42 @@ const LOOK_AT_COPIES: Duration = Duration::from_secs(3);
 /// most, however many disks it has.
 const STEP: i32 = 5;
 
+/// Why a snapshot isn't complete.
+pub(super) enum Incomplete {
+    /// It never will be.
+    Failed(Failure),
+    /// What completing it needs is out of reach. The cut is good, so it isn't given up for that.
+    OutOfReach(Failure),
+}
+
+impl From<Failure> for Incomplete {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<JournalError> for Incomplete {
+    fn from(error: JournalError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 impl Sessions {
     /// Completes and checks every disk.
     pub(super) async fn complete_tasks(
         &self,
         record: &mut SessionRecord,
         progress: &dyn Progress,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Incomplete> {
         // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
-        let machine = self.machine_after_cut(&record.order).await.map_err(Failure::after_cut_unreachable)?;
+        let machine = self.machine_after_cut(&record.order).await.map_err(Incomplete::OutOfReach)?;
         self.go_on_with(machine.vm(), &record.tasks).await;
         let (order, tasks, status) = (record.order.clone(), record.tasks.clone(), outcome::cut(record));
         // A copy may take hours. What it leaves behind when it is dropped, removing finds.
         let completed = tokio::select! {
             biased;
-            () = cancelled(progress) => Err(Failure::cancelled()),
-            started = self.started(&machine, &order) => Err(started),
+            () = cancelled(progress) => Err(Failure::cancelled().into()),
+            started = self.started(&machine, &order) => Err(started.into()),
             never = self.tell_progress(machine.vm(), &tasks, status, progress) => match never {},
             completed = self.complete_each(machine.vm(), record) => completed,
         };
@@ -65,13 +85,13 @@ impl Sessions {
         }
     }
 
-    async fn complete_each(&self, vm: &Vm, record: &mut SessionRecord) -> Result<(), Failure> {
+    async fn complete_each(&self, vm: &Vm, record: &mut SessionRecord) -> Result<(), Incomplete> {
         let verify = record.order.verify;
         for at in 0..record.tasks.len() {
             let task = &mut record.tasks[at];
             let completed = complete_and_verify(self.driver(task)?, vm, self, verify, task).await;
             self.journal.save(record)?;
-            completed.map_err(|error| Failure::after_cut(&error))?;
+            completed.map_err(|error| incomplete(&error))?;
         }
         if verify == Verify::Boot && record.boot.is_none() {
             record.boot = Some(self.try_to_boot(record).await);
@@ -118,6 +138,11 @@ impl Sessions {
         let percent = self.driver(task).ok()?.progress(vm, task).await.ok()?;
         percent.map(i32::from)
     }
+}
+
+fn incomplete(error: &DriverError) -> Incomplete {
+    let failure = Failure::after_cut(error);
+    if error.is_out_of_reach() { Incomplete::OutOfReach(failure) } else { Incomplete::Failed(failure) }
 }
 
 /// How many disks are copied; one where none is, so that nothing is ever told.

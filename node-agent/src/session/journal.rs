@@ -148,17 +148,30 @@ impl<R: Record> Journal<R> {
 
     /// All records that can be read; others are left alone and logged.
     pub fn all(&self) -> Result<Vec<R>, JournalError> {
-        let entries = fs::read_dir(&self.directory).map_err(failed("list", &self.directory))?;
         let mut records = vec![];
-        for entry in entries {
-            let path = entry.map_err(failed("list", &self.directory))?.path();
-            let Some(uid) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".json")) else { continue };
-            match self.load(uid) {
+        for uid in self.uids()? {
+            match self.load(&uid) {
                 Ok(record) => records.extend(record),
                 Err(error) => tracing::error!(%error, "a record can't be read"),
             }
         }
         Ok(records)
+    }
+
+    /// All records; it fails where one can't be read.
+    pub fn every(&self) -> Result<Vec<R>, JournalError> {
+        let records = self.uids()?.into_iter().filter_map(|uid| self.load(&uid).transpose());
+        records.collect()
+    }
+
+    fn uids(&self) -> Result<Vec<String>, JournalError> {
+        let entries = fs::read_dir(&self.directory).map_err(failed("list", &self.directory))?;
+        let mut uids = vec![];
+        for entry in entries {
+            let name = entry.map_err(failed("list", &self.directory))?.file_name();
+            uids.extend(name.to_str().and_then(|name| name.strip_suffix(".json")).map(str::to_owned));
+        }
+        Ok(uids)
     }
 
     /// Forgets an object of which nothing is left.

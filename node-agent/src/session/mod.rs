@@ -34,6 +34,7 @@ mod overwritten;
 mod removal;
 pub mod shortening;
 mod shortening_stopped;
+mod siblings;
 mod space;
 pub mod space_watch;
 mod still_cut;
@@ -57,6 +58,7 @@ use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
 use crate::locks::Waiting;
 use crate::restore::record::RestoreRecord;
+use complete::Incomplete;
 pub(crate) use complete::cancelled;
 use journal::{Journal, JournalError, SessionRecord, Stage};
 use machine::{Machine, StoppedVms};
@@ -263,7 +265,15 @@ impl Sessions {
                 tracing::info!(?level, ?hold, disks = record.tasks.len(), "the snapshot is complete");
                 Ok(Turn::Over(Box::new(status)))
             }
-            Err(failure) => self.fail(record, &failure).await,
+            Err(Incomplete::OutOfReach(failure)) => {
+                tracing::warn!(
+                    reason = failure.reason,
+                    message = failure.message,
+                    "the snapshot can't be completed yet"
+                );
+                Ok(Turn::Report(Box::new(outcome::waiting(record, &failure))))
+            }
+            Err(Incomplete::Failed(failure)) => self.fail(record, &failure).await,
         }
     }
 

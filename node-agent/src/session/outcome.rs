@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use freezeframe_api::conditions::{condition, reasons, set, types};
+use freezeframe_api::conditions::{condition, find, reasons, set, types};
 use freezeframe_api::names::{DiskName, DriverName, SnapshotHandle};
 use freezeframe_api::v1alpha1::{
     ConsistencyEvidence, ConsistencyLevel, ContentPhase, DiskSnapshot, DiskSnapshotState, StartWith,
@@ -45,12 +45,6 @@ impl Failure {
     #[must_use]
     pub fn cancelled() -> Self {
         Self::new(reasons::CANCELLED, "the snapshot was deleted while it was taken")
-    }
-
-    /// The VM's disks couldn't be reached once the cut was done: that it could be served was clear by then.
-    #[must_use]
-    pub fn after_cut_unreachable(self) -> Self {
-        Self { refused: false, ..self }
     }
 
     /// A driver failed once the cut was done.
@@ -123,6 +117,26 @@ pub fn cut(record: &SessionRecord) -> VMSnapshotContentStatus {
         ],
     );
     status
+}
+
+/// After a good cut whose completion waits for what is out of reach.
+#[must_use]
+pub fn waiting(record: &SessionRecord, failure: &Failure) -> VMSnapshotContentStatus {
+    let mut status = cut(record);
+    let message = format!("what was cut is good; to complete it is tried again and again: {}", failure.message);
+    conditions(&mut status, record, &[(types::READY, false, failure.reason, message)]);
+    status
+}
+
+/// Whether a status is of a snapshot that can't be gone on with at once.
+#[must_use]
+pub fn is_waiting(status: &VMSnapshotContentStatus) -> bool {
+    let ready = find(&status.conditions, types::READY);
+    match status.phase {
+        Some(ContentPhase::Failed) => true,
+        Some(ContentPhase::Completing) => ready.is_some_and(|ready| ready.reason != reasons::IN_PROGRESS),
+        _ => false,
+    }
 }
 
 /// When every disk is complete.

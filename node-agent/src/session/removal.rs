@@ -13,9 +13,9 @@ use super::order::Order;
 use super::outcome;
 use super::window::{self, WindowError};
 use crate::causes::chain;
-use crate::drivers::{DriverError, Drivers, Env, Pace, Removal, Sibling};
+use crate::drivers::{DriverError, Env, Pace, Removal};
 use crate::hypervisor::image::ImageError;
-use crate::hypervisor::{OpenError, Vm};
+use crate::hypervisor::{OpenError, Vm, VmKey};
 use crate::locks::Waiting;
 use crate::restore::reading;
 
@@ -55,6 +55,20 @@ pub enum RemovalError {
     /// The journal can't be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// A record can't be read, so it isn't known whose the files are that a merge would change.
+    #[error(
+        "a snapshot's record can't be read, and a file that would be merged or deleted may be that snapshot's: mend the \
+         record, or move it away if the snapshot is gone"
+    )]
+    Unreadable(#[source] JournalError),
+    /// Another VM's snapshot may have moved data without its record's knowing yet.
+    #[error("snapshot {snapshot} of VM {vm}, which has files in the same directory, is deleted first")]
+    OtherFirst {
+        /// The other snapshot.
+        snapshot: String,
+        /// Its VM.
+        vm: VmKey,
+    },
     /// The agent has no such driver any more.
     #[error("this agent has no driver `{0}`")]
     UnknownDriver(String),
@@ -183,9 +197,13 @@ impl Sessions {
     /// data without its knowing yet, so the record is read again.
     async fn finish_half_removed(&self, record: &mut SessionRecord, removed: &mut Removed) -> Result<(), RemovalError> {
         let order = record.order.clone();
-        for mut other in self.journal.all()?.into_iter().filter(|other| is_sibling(other, &order)) {
-            let half_removed = |at: &usize| self.is_half_removed(&other.tasks[*at]);
-            for at in (0..other.tasks.len()).filter(half_removed).collect::<Vec<_>>() {
+        for mut other in self.others(record)? {
+            if other.order.vm != order.vm {
+                // It is not ours to work on: its VM has another turn.
+                self.refuse_if_first(record, &other)?;
+                continue;
+            }
+            for at in self.half_removed(&other) {
                 let kept = removed.kept.len();
                 self.refuse_owed(&order).await?;
                 self.remove_disk(&mut other, at, removed).await?;
@@ -217,7 +235,7 @@ impl Sessions {
         }
         for _ in 0..MOST_STEPS {
             let mut vm = self.open_if_running(&record.order).await?;
-            let siblings = self.siblings(&record.order)?;
+            let siblings = self.siblings(record)?;
             let env = Env { vm: vm.as_ref(), roots: &self.roots, siblings: &siblings, pace: &removed.pace };
             let step = driver.remove(&env, &mut record.tasks[at]).await;
             if matches!(step, Ok(Removal::Done)) {
@@ -262,39 +280,6 @@ impl Sessions {
             Err(error) => Err(error.into()),
         }
     }
-
-    /// Files of other snapshots of the same VM.
-    fn siblings(&self, order: &Order) -> Result<Vec<Sibling>, JournalError> {
-        let others = self.journal.all()?.into_iter().filter(|other| is_sibling(other, order));
-        let files = others.flat_map(|other| {
-            let retained = other.stage == Stage::Retained;
-            let places = other.tasks.iter().filter_map(|task| place(&self.drivers, task)).collect::<Vec<_>>();
-            places.into_iter().map(move |handle| Sibling { handle, retained })
-        });
-        Ok(files.collect())
-    }
-
-    /// Lets the record of the snapshot whose artifact moved follow it.
-    fn follow(&self, order: &Order, from: &Path, to: &Path, format: &str) -> Result<Vec<String>, RemovalError> {
-        let mut moved = vec![];
-        for mut other in self.journal.all()?.into_iter().filter(|other| other.order.uid != order.uid) {
-            let tasks = other.tasks.iter_mut().filter(|task| place(&self.drivers, task).as_deref() == Some(from));
-            let mut changed = false;
-            for task in tasks {
-                if let Some(driver) = self.drivers.find(&task.driver) {
-                    let followed = driver.follow(task, to, format, &self.roots);
-                    followed.map_err(|source| RemovalError::Follow(Box::new(source)))?;
-                    changed = true;
-                }
-            }
-            if changed {
-                outcome::follow(&mut other, from, to, format);
-                self.journal.save(&other)?;
-                moved.push(other.order.content.clone());
-            }
-        }
-        Ok(moved)
-    }
 }
 
 /// What removing came to, and how fast it may go.
@@ -304,15 +289,6 @@ pub(super) struct Removed {
     pub(super) kept: Vec<String>,
     /// Contents of other snapshots whose artifacts moved.
     pub(super) moved: Vec<String>,
-}
-
-fn is_sibling(other: &SessionRecord, order: &Order) -> bool {
-    other.order.vm == order.vm && other.order.uid != order.uid && other.stage != Stage::Removed
-}
-
-/// Where a task's data is, whether it was completed or not.
-fn place(drivers: &Drivers, task: &crate::drivers::DiskTask) -> Option<PathBuf> {
-    drivers.find(&task.driver)?.place(task)
 }
 
 fn handle(task: &crate::drivers::DiskTask) -> Option<&Path> {

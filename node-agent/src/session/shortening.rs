@@ -6,7 +6,7 @@ use super::Sessions;
 use super::journal::{JournalError, SessionRecord, Stage};
 use super::limits;
 use crate::drivers::overlay::shorten::{self, TooDeep};
-use crate::drivers::{DiskTask, DriverError, Env, Sibling};
+use crate::drivers::{DriverError, Env, Sibling};
 use crate::hypervisor::still::StillError;
 use crate::hypervisor::{OpenError, Vm, VmKey};
 use crate::locks::Waiting;
@@ -106,10 +106,6 @@ impl Sessions {
         let kept = record.stage == Stage::Retained;
         matches!(record.stage, Stage::Open | Stage::Cut | Stage::Failed)
             || !kept && record.tasks.iter().any(|task| self.is_half_removed(task))
-    }
-
-    pub(super) fn is_half_removed(&self, task: &DiskTask) -> bool {
-        self.drivers.find(&task.driver).is_some_and(|driver| driver.is_half_removed(task))
     }
 
     pub(super) fn files_of(&self, record: &SessionRecord) -> Vec<Sibling> {

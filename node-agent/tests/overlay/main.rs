@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "the helpers of a test fail as the test does")]
 
+#[cfg(feature = "crash-points")]
+mod between;
 mod crashes;
 mod follow;
 mod governor;

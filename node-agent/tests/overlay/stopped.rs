@@ -11,7 +11,7 @@ use crate::machine::{path, view};
 use crate::shapes::{Shape, lab};
 
 /// A VM that is stopped, with a file that names its disks.
-async fn stopped(shape: Shape, disks: usize) -> Lab {
+pub async fn stopped(shape: Shape, disks: usize) -> Lab {
     let mut lab = lab(shape, disks).await;
     let disk = |disk: &Disk| json!({"name": disk.id, "path": disk.image, "format": "qcow2"});
     let disks: Vec<_> = lab.disks.iter().map(disk).collect();
@@ -131,7 +131,7 @@ async fn snapshots_of_a_disk_that_its_owner_deleted_can_be_deleted_newest_first(
 }
 
 /// The QEMU that had the disks of a session that died ends a moment after it.
-async fn await_unlocked(lab: &Lab) {
+pub async fn await_unlocked(lab: &Lab) {
     let end = Instant::now() + Duration::from_secs(10);
     let locked = |image| {
         let info = std::process::Command::new("qemu-img").args(["info", "-f", "qcow2", path(image)]).output();

@@ -4,7 +4,7 @@
 //! it so, leave it so, and with it what it wrote to the image's tables in memory: nothing flushes those, since a guest's
 //! flush goes to its own layer alone. The file above would be unlinked while its data is nowhere else on disk.
 
-use freezeframe_qemu::Node;
+use freezeframe_qemu::{Node, Qmp};
 use serde_json::{Value, json};
 
 use super::place::Place;
@@ -34,7 +34,7 @@ pub async fn restore(vm: &Vm, place: &Place<'_>, own_job: &str) -> Result<bool> 
 /// Whether it came to be. One that QEMU named itself may stay as it is, since it only may not be merged into then.
 async fn make_read_only(vm: &Vm, node: &Node) -> Result<bool> {
     if !node.auto_named {
-        reopen(vm, node, true).await?;
+        reopen(vm.qmp(), node, true).await?;
         return Ok(true);
     }
     // QMP's own command takes no such name, and the human monitor's answers in words only: what has come of it is seen
@@ -48,13 +48,23 @@ async fn make_read_only(vm: &Vm, node: &Node) -> Result<bool> {
     Ok(false)
 }
 
-/// Writes out what a writable node of ours has in memory, its tables among it, and says whether that worked: alone of
-/// QEMU's ways to flush, reopening does, and also while a job has the node. Nothing about the node changes.
-pub async fn flush(vm: &Vm, node: &Node) -> Result<()> {
-    reopen(vm, node, false).await
+/// Writes out what a writable node has in memory, its tables among it, and says whether that worked: alone of QEMU's ways
+/// to flush, reopening does, and also while a job has the node. Nothing about the node changes.
+pub async fn flush(qmp: &Qmp, node: &Node) -> Result<()> {
+    if node.auto_named { flush_auto_named(qmp, node).await } else { reopen(qmp, node, false).await }
 }
 
-async fn reopen(vm: &Vm, node: &Node, read_only: bool) -> Result<()> {
+/// QMP's own command takes no node that QEMU named itself. The human monitor's does, and only says something if it failed.
+async fn flush_auto_named(qmp: &Qmp, node: &Node) -> Result<()> {
+    let line = json!({"command-line": format!("qemu-io {} \"reopen -w\"", node.name)});
+    let said = qmp.execute::<String>("human-monitor-command", line, QMP_TIMEOUT).await;
+    match said.map_err(qemu(format!("have {} written out", node.file)))?.trim() {
+        "" => Ok(()),
+        why => Err(DriverError::NotNow(format!("{} can't be written out: {why}", node.file))),
+    }
+}
+
+async fn reopen(qmp: &Qmp, node: &Node, read_only: bool) -> Result<()> {
     let options = with_backing(
         node,
         json!({
@@ -67,7 +77,7 @@ async fn reopen(vm: &Vm, node: &Node, read_only: bool) -> Result<()> {
             "discard": "unmap",
         }),
     );
-    let reopened = vm.qmp().blockdev_reopen(&[options], QMP_TIMEOUT).await;
+    let reopened = qmp.blockdev_reopen(&[options], QMP_TIMEOUT).await;
     reopened.map_err(qemu(format!("have {} written out", node.name)))
 }
 

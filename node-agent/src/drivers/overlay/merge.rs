@@ -26,7 +26,7 @@ use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::stream::stream_up;
-use super::{DiskTask, at_rest, follow_merge, offline_merge, starving, unseen, upwards};
+use super::{DiskTask, at_rest, finalize, follow_merge, offline_merge, starving, unseen, upwards};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::take_back_unused;
@@ -42,7 +42,7 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
         Some(_) => env.roots.directory(&state.directory)?,
         None => match env.roots.existing_directory(&state.directory)? {
             // A merge that was begun may have left it empty.
-            Some(directory) if state.completed && !state.begun => directory.mounted()?,
+            Some(directory) if !state.begun && !nothing_was_made(&state) => directory.mounted()?,
             Some(directory) => directory,
             None => return Ok(Removal::Done),
         },
@@ -74,6 +74,12 @@ pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     state.made_way += u32::from(matches!(step, Err(DriverError::MadeWay)));
     task.set_state(&state)?;
     step
+}
+
+/// Whether the record knows of no layer, in a directory that had no image before. What is on record before a cut is that
+/// its layer was made.
+fn nothing_was_made(state: &State) -> bool {
+    state.overlay.is_none() && (state.is_device() || state.is_elsewhere())
 }
 
 /// The layer of a `prepare` that ended before its record was written. Only a layer before its cut backs onto its own
@@ -174,7 +180,11 @@ pub async fn merge_live(env: &Env<'_>, vm: &Vm, directory: &ImageDirectory, stat
             if let Some(place) = place {
                 at_rest::restore(vm, place, &state.job()).await?;
             }
-            unseen::prove(directory, state, &merging, false).await?;
+            if place.is_none() && offline_merge::is_of_no_use(directory, state, &merging)? {
+                state.merging = None;
+                return Ok(Removal::Again);
+            }
+            unseen::prove(env, directory, state, &merging).await?;
             merging.check_done(directory, state.base)?;
             state.merging = Some(merging);
             return Ok(Removal::Again);
@@ -363,11 +373,13 @@ async fn commit_middle(
         "top-node": above.name,
         "base-node": place.chain[at].name,
         "backing-file": state.layer,
+        "auto-finalize": false,
         "auto-dismiss": false,
     });
     at_rest::refuse_left_writable(vm, place.chain[at], &state.job()).await?;
     start(env, vm, state, "block-commit", arguments).await?;
-    env.pace.wait(vm.qmp(), &state.job(), Wanted::Concluded).await?;
+    env.pace.wait(vm.qmp(), &state.job(), Wanted::Pending).await?;
+    finalize::finalize(vm.qmp(), directory, state, place.chain[at]).await?;
     let written_out = at_rest::is_read_only(vm, place.chain[at]).await?;
     if let Some(merging) = state.merging.as_mut().filter(|_| written_out) {
         merging.check_done(directory, state.base)?;

@@ -1,12 +1,14 @@
 //! Which images need a file as it stands, whoever made them.
 
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::OFlags;
 
 use crate::drivers::{DriverError, Env, Removal, Result};
-use crate::hypervisor::backing;
+use crate::hypervisor::backing::backing_of;
+use crate::hypervisor::backing_path::paths_of;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError};
 
 /// Nothing, if no image but `user` backs onto the file: it may be written to, and get another name. It is kept where a
@@ -42,43 +44,68 @@ pub fn kept_for(env: &Env<'_>, directory: &ImageDirectory, above: &str) -> Optio
 pub fn dependents(directory: &ImageDirectory, id: FileId) -> Result<Vec<String>> {
     let mut found = vec![];
     for name in directory.names()? {
-        let Some(backing) = backing_of(directory, &name)? else { continue };
-        let Some(below) = beside(directory, &backing).filter(|below| *below != name) else { continue };
-        match directory.holds(below, id) {
-            Ok(true) => found.push(name),
+        if lies_on(directory, &name, directory.open(&name, OFlags::RDONLY), id)? {
+            found.push(name);
+        }
+    }
+    for name in directory.names_that_are_no_text()? {
+        let said = name.to_string_lossy().into_owned();
+        if lies_on(directory, &said, directory.open_named_by_no_text(&name), id)? {
+            found.push(said);
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a file says that it backs onto the file `id`. One that isn't an image, or isn't a file, backs onto nothing; one
+/// that can't be read may back onto anything.
+fn lies_on(
+    directory: &ImageDirectory,
+    name: &str,
+    file: std::result::Result<OwnedFd, ImageError>,
+    id: FileId,
+) -> Result<bool> {
+    let file = match file {
+        Err(error) if error.is_no_image() => return Ok(false),
+        file => file?,
+    };
+    let unclear = |source| DriverError::Header { path: directory.join(name), source };
+    let Some(backing) = backing_of(&mut File::from(file)).map_err(unclear)? else { return Ok(false) };
+    for path in paths_of(&backing).map_err(unclear)? {
+        let Some(below) = beside(directory, &path).filter(|below| below != name) else { continue };
+        match directory.holds(&below, id) {
+            Ok(true) => return Ok(true),
             // Images of ours are beneath the roots.
             Ok(false) | Err(ImageError::OutsideRoots(_)) => {}
             Err(error) if error.is_no_image() || error.is_no_directory() => {}
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(found)
-}
-
-/// What a file says that it backs onto. One that isn't an image, or isn't a file, backs onto nothing; one that can't be
-/// read may back onto anything.
-fn backing_of(directory: &ImageDirectory, name: &str) -> Result<Option<String>> {
-    match directory.open(name, OFlags::RDONLY) {
-        Ok(file) => backing::backing_of(&mut File::from(file))
-            .map_err(|source| DriverError::Header { path: directory.join(name), source }),
-        Err(error) if error.is_no_image() => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+    Ok(false)
 }
 
 /// The path of a backing device or of a backing file in another directory, or the name of one in the same, however the
-/// header spells its path. One elsewhere by a relative path is nothing that we made.
-fn beside<'a>(directory: &ImageDirectory, backing: &'a str) -> Option<&'a str> {
+/// header spells its path; none where it is no file's.
+fn beside(directory: &ImageDirectory, backing: &str) -> Option<String> {
     if backing.starts_with("/dev/") {
-        return Some(backing);
+        return Some(backing.to_owned());
     }
-    let backing = backing.strip_prefix("file:").unwrap_or(backing);
-    let path = Path::new(backing);
-    let parent = path.parent()?;
-    if parent.as_os_str().is_empty() || parent == Path::new(".") || parent == directory.path() {
-        return path.file_name()?.to_str();
-    }
-    path.is_absolute().then_some(backing)
+    let path = plain(&directory.path().join(backing));
+    let name = path.file_name()?.to_str()?;
+    let is_beside = path.parent() == Some(&plain(directory.path()));
+    Some(if is_beside { name.to_owned() } else { path.to_str()?.to_owned() })
+}
+
+/// A path without detours.
+fn plain(path: &Path) -> PathBuf {
+    path.components().fold(PathBuf::new(), |mut plain, part| {
+        match part {
+            Component::ParentDir => drop(plain.pop()),
+            Component::CurDir => {}
+            part => plain.push(part),
+        }
+        plain
+    })
 }
 
 /// Fails if an image beside one that is in another directory than `directory` was made on top of it.
@@ -95,23 +122,73 @@ mod tests {
     use super::*;
     use crate::hypervisor::image::ImageRoots;
 
+    /// A directory with an image, and what backs onto that one.
+    struct Found(tempfile::TempDir, ImageDirectory, FileId);
+
+    impl Found {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            std::fs::write(directory.path().join("base"), vec![0; 1 << 20]).unwrap();
+            let opened = ImageRoots::new(vec![directory.path().to_owned()]).directory(directory.path()).unwrap();
+            let base = opened.id("base").unwrap().unwrap();
+            Self(directory, opened, base)
+        }
+
+        fn make(&self, name: impl AsRef<Path>, format: &str, backing: &str) {
+            let create = ["create", "-q", "-u", "-f", format, "-F", "raw", "-b", backing];
+            let mut command = std::process::Command::new("qemu-img");
+            assert!(command.args(create).arg(self.0.path().join(name)).arg("1M").status().unwrap().success());
+        }
+
+        fn dependents(&self) -> Result<Vec<String>> {
+            dependents(&self.1, self.2)
+        }
+    }
+
     #[test]
     fn an_image_of_any_format_that_backs_onto_a_file_needs_it() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &str| directory.path().join(name);
-        std::fs::write(path("base"), vec![0; 1 << 20]).unwrap();
-        let roots = ImageRoots::new(vec![directory.path().to_owned()]);
-        let opened = roots.directory(directory.path()).unwrap();
-        let base = opened.id("base").unwrap().unwrap();
-        assert_eq!(dependents(&opened, base).unwrap(), Vec::<String>::new());
+        let found = Found::new();
+        assert_eq!(found.dependents().unwrap(), Vec::<String>::new());
         for format in ["qcow2", "qed"] {
-            let create = ["create", "-q", "-f", format, "-F", "raw", "-b", "base"];
-            let made = std::process::Command::new("qemu-img").args(create).arg(path(format)).status().unwrap();
-            assert!(made.success());
-            assert_eq!(dependents(&opened, base).unwrap(), [format]);
-            std::fs::remove_file(path(format)).unwrap();
+            found.make(format, format, "base");
+            assert_eq!(found.dependents().unwrap(), [format]);
+            std::fs::remove_file(found.0.path().join(format)).unwrap();
         }
-        std::fs::write(path("disk.vmdk"), "# Disk DescriptorFile\nparentFileNameHint=\"base\"\n").unwrap();
-        assert!(dependents(&opened, base).is_err(), "it can't be told whether that one needs it");
+        let vmdk = "# Disk DescriptorFile\nparentFileNameHint=\"base\"\n";
+        std::fs::write(found.0.path().join("disk.vmdk"), vmdk).unwrap();
+        assert!(found.dependents().is_err(), "it can't be told whether that one needs it");
+    }
+
+    #[test]
+    fn an_image_needs_a_file_however_its_header_spells_the_path() {
+        let found = Found::new();
+        let here = found.0.path();
+        let name = here.file_name().unwrap().to_str().unwrap();
+        for backing in [
+            "./base".to_owned(),
+            here.join("base").display().to_string(),
+            format!("../{name}/base"),
+            format!("file:{}", here.join("base").display()),
+            format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{}/base"}}}}"#, here.display()),
+            format!(r#"json:{{"driver":"raw","file.driver":"file","file.filename":"{}/base"}}"#, here.display()),
+        ] {
+            found.make("disk", "qcow2", &backing);
+            assert_eq!(found.dependents().unwrap(), ["disk"], "{backing}");
+        }
+        for other in ["other".to_owned(), "../base".to_owned(), "/base".to_owned(), "nbd://10.0.0.1/base".to_owned()] {
+            found.make("disk", "qcow2", &other);
+            assert_eq!(found.dependents().unwrap(), Vec::<String>::new(), "{other}");
+        }
+        found.make("disk", "qcow2", "nbd:unix:/run/nbd.sock");
+        let why = found.dependents().unwrap_err();
+        assert!(crate::causes::chain(&why).contains("nbd:unix:/run/nbd.sock"), "{why}");
+    }
+
+    #[test]
+    fn an_image_whose_name_is_no_text_needs_a_file_as_any_other() {
+        use std::os::unix::ffi::OsStrExt;
+        let found = Found::new();
+        found.make(std::ffi::OsStr::from_bytes(b"disk-\xff"), "qcow2", "base");
+        assert_eq!(found.dependents().unwrap().len(), 1);
     }
 }

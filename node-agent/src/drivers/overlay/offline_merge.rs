@@ -1,7 +1,9 @@
 //! The same merge while the VM is stopped: the chain is read from the images' headers.
 
+use freezeframe_qemu::BlockGraph;
 use serde_json::json;
 
+use super::finalize::finalize;
 use super::needs::{dependents, kept_for, refuse_others};
 use super::prepare::header;
 use super::state::{Merging, State};
@@ -20,7 +22,11 @@ const DEEPEST: usize = 1024;
 pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State) -> Result<Removal> {
     let chain = chain(directory, state)?;
     if let Some(mut merging) = state.merging.clone().filter(|merging| !chain.contains(&merging.above)) {
-        unseen::prove(directory, state, &merging, true).await?;
+        if is_of_no_use(directory, state, &merging)? {
+            state.merging = None;
+            return Ok(Removal::Again);
+        }
+        unseen::prove(env, directory, state, &merging).await?;
         merging.check_done(directory, state.base)?;
         state.merging = Some(merging);
         return Ok(Removal::Again);
@@ -46,6 +52,15 @@ pub async fn merge(env: &Env<'_>, directory: &ImageDirectory, state: &mut State)
             users.join(", ")
         ))),
     }
+}
+
+/// Whether a merge that was begun is for nothing, since the disk's owner deleted it, and nothing but the file that was to
+/// be merged reads through the snapshot's. That one still reads as it did: whose it is may be deleted, and then this.
+pub fn is_of_no_use(directory: &ImageDirectory, state: &State, merging: &Merging) -> Result<bool> {
+    if state.keeps_name() || directory.id(&state.disk_file)?.is_some() {
+        return Ok(false);
+    }
+    Ok(dependents(directory, state.base)?.iter().all(|name| *name == merging.above))
 }
 
 /// Names of the images of a disk, top first, as far as they are in its own directory.
@@ -121,17 +136,15 @@ async fn merge_above(
 async fn commit_middle(env: &Env<'_>, daemon: &StorageDaemon, directory: &ImageDirectory, state: &State) -> Result<()> {
     let arguments = json!({
         "job-id": state.job(), "device": "over", "top-node": "above", "base-node": "base",
-        "backing-file": state.layer, "auto-dismiss": false,
+        "backing-file": state.layer, "auto-finalize": false, "auto-dismiss": false,
     });
+    let graph = BlockGraph::read(daemon.qmp(), QMP_TIMEOUT).await.map_err(qemu("read what the daemon has open"))?;
+    let base = graph.node("base").ok_or_else(|| DriverError::NotNow("the daemon doesn't have its image".into()))?;
     daemon.qmp().block_commit(&arguments, QMP_TIMEOUT).await.map_err(qemu("start the merge"))?;
-    env.pace.wait(daemon.qmp(), &state.job(), Wanted::Concluded).await?;
+    env.pace.wait(daemon.qmp(), &state.job(), Wanted::Pending).await?;
+    finalize(daemon.qmp(), directory, state, base).await?;
     // Until then it has the nodes.
-    jobs::dismiss_if_concluded(daemon.qmp(), &state.job()).await?;
-    if state.format == "qcow2" {
-        let size = header(directory, &state.layer)?.virtual_size;
-        daemon.write_out(&["over", "above"], "base", size).await.map_err(|error| offline(&error))?;
-    }
-    Ok(())
+    jobs::dismiss_if_concluded(daemon.qmp(), &state.job()).await
 }
 
 /// Merges the disk's own layer; the name changes hands while the daemon still holds the locks.

@@ -1,8 +1,8 @@
 //! A merge whose end nobody saw: whether the file that was merged into really has the data.
 //!
-//! QEMU rewrites the header of the layer above before it writes out the tables of the image that it merged into. If it
-//! dies in between, or the host does, the headers say that the merge is done, and the data isn't there. The file that
-//! the data came from still is, and nobody needs it any more but for this.
+//! The header of the layer above is rewritten once all is on disk ([`super::finalize`]). An older agent had QEMU rewrite it
+//! before that: if it died in between, or the host did, the headers say that the merge is done, and the data isn't there.
+//! The file that the data came from still is, and nobody needs it any more but for this.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::state::{Merging, State};
 use crate::drivers::tool::look;
-use crate::drivers::{DriverError, Result};
+use crate::drivers::{DriverError, Env, Result};
 use crate::hypervisor::device::number_of;
 use crate::hypervisor::image::ImageDirectory;
 
@@ -26,15 +26,21 @@ enum Comparison {
 }
 
 /// Fails unless the merge has all data. While the VM is stopped, what is missing is merged once more.
-pub async fn prove(directory: &ImageDirectory, state: &State, merging: &Merging, stopped: bool) -> Result<()> {
+/// It makes way for a snapshot while it compares, as a merge does.
+pub async fn prove(env: &Env<'_>, directory: &ImageDirectory, state: &State, merging: &Merging) -> Result<()> {
     if merging.seen || !directory.holds(&merging.above, merging.above_id)? {
         return Ok(());
     }
-    if compare(directory, state, merging).await? == Comparison::Same {
+    let compared = tokio::select! {
+        biased;
+        () = env.pace.waiting.for_snapshot() => return Err(DriverError::MadeWay),
+        compared = compare(directory, state, merging) => compared?,
+    };
+    if compared == Comparison::Same {
         return Ok(());
     }
     let above = directory.join(&merging.above);
-    if !stopped {
+    if env.vm.is_some() {
         let why = "has data that a merge which was cut off has lost: stop the VM, and it is merged once more";
         return Err(DriverError::NotNow(format!("{} {why}", above.display())));
     }

@@ -60,7 +60,7 @@ impl Upwards<'_> {
         // From here first: while QEMU flushes, its main loop stands still.
         self.directory.sync_file(&name_of(self.directory, self.place.id(self.directory, self.into))?)?;
         if self.into == 0 {
-            return at_rest::flush(vm, self.layer()).await;
+            return at_rest::flush(vm.qmp(), self.layer()).await;
         }
         jobs::cancel(vm.qmp(), self.job).await?;
         if !at_rest::is_read_only(vm, self.layer()).await? {
