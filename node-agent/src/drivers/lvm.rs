@@ -12,6 +12,7 @@ mod in_flight;
 mod parameters;
 mod space;
 mod state;
+pub mod target;
 pub mod volume;
 
 use std::collections::BTreeMap;
