@@ -20,11 +20,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::jobs::{self, Wanted};
+use super::lvm::target::{self as lvm_target, TARGET_GROUPS};
 use super::lvm::volume::Volume;
 use super::{Artifact, Cut, DiskFacts, DiskTask, DriverError, Env, Need, Removal, Result, SnapshotDriver, Verdict};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots, trusted_directory};
-use parameters::{DIRECTORY, Format, OUTPUT_TEMPLATE, Parameters, TARGET_GROUPS, TARGETS};
+use parameters::{DIRECTORY, Format, OUTPUT_TEMPLATE, Parameters, TARGETS};
 
 /// Bytes a second until the guest runs again: QEMU's answer to the cut waits while a job at full speed begins, which took
 /// 35 ms a disk.
@@ -121,7 +122,7 @@ fn place(parameters: &Parameters, task: &DiskTask, roots: &ImageRoots) -> Result
         let why = || format!("{} is not beneath an image root of this node's agent, as it must be", path.display());
         if roots.names(path) { Ok(()) } else { Err(refused(key, why())) }
     };
-    if let Some(volume) = task.target.as_ref().and_then(|target| volume::named(target, parameters)) {
+    if let Some(volume) = task.target.as_ref().and_then(|target| lvm_target::named(target, &parameters.target_groups)) {
         let volume = volume?;
         let (root, file) = (Path::new("/dev").join(volume.group()), volume.name().to_owned());
         beneath_root(TARGET_GROUPS, &root)?;

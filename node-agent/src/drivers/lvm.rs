@@ -14,6 +14,7 @@ pub mod report;
 mod space;
 mod state;
 pub mod tags;
+pub mod target;
 pub mod volume;
 
 use std::collections::BTreeMap;

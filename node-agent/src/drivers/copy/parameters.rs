@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::drivers::lvm::volume::Volume;
+use crate::drivers::lvm::target::{TARGET_GROUPS, groups};
 use crate::drivers::naming::Template;
 use crate::drivers::quantity::bytes;
 use crate::drivers::{DriverError, Result};
@@ -17,9 +17,6 @@ const COMPRESSED: &str = "compressed";
 pub const OUTPUT_TEMPLATE: &str = "outputTemplate";
 /// The parameter that says where users' own files are.
 pub const TARGETS: &str = "targets";
-
-/// The parameter that says in which volume groups users' own volumes may be.
-pub const TARGET_GROUPS: &str = "targetGroups";
 
 /// Format of a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -87,12 +84,7 @@ impl Parameters {
             (FORMAT, "qcow2") => self.format = Format::Qcow2,
             (FORMAT, "raw") => self.format = Format::Raw,
             (FORMAT, other) => return Err(format!("`{other}` is neither qcow2 nor raw")),
-            (TARGET_GROUPS, groups) => {
-                self.target_groups = groups.split(',').map(|group| group.trim().to_owned()).collect();
-                if let Some(bad) = self.target_groups.iter().find(|group| !is_group(group)) {
-                    return Err(format!("`{bad}` is not a volume group's name"));
-                }
-            }
+            (TARGET_GROUPS, text) => self.target_groups = groups(text)?,
             (OUTPUT_TEMPLATE, text) => self.template = Some(Template::parse(text)?),
             (COMPRESSED, "true" | "false") => self.compressed = value == "true",
             (COMPRESSED, other) => return Err(format!("`{other}` is neither \"true\" nor \"false\"")),
@@ -104,10 +96,6 @@ impl Parameters {
         }
         Ok(())
     }
-}
-
-fn is_group(name: &str) -> bool {
-    Volume::new(name, "any").is_ok()
 }
 
 #[cfg(test)]

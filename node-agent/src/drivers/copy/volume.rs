@@ -14,10 +14,10 @@ use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use super::State;
-use super::parameters::{Parameters, TARGET_GROUPS};
+use super::parameters::Parameters;
 use crate::drivers::lvm::commands;
 use crate::drivers::lvm::report::Row;
-use crate::drivers::lvm::tags::target_tag;
+use crate::drivers::lvm::target;
 use crate::drivers::lvm::volume::Volume;
 use crate::drivers::{Artifact, DiskTask, DriverError, Removal, Result, qemu};
 use crate::hypervisor::device::{number_of, sync};
@@ -27,17 +27,6 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 
 /// How much of its beginning must be zeros, in bytes.
 const CHECKED: usize = 1 << 20;
-
-/// The volume that a disk's target names, if it names one: no file's name has a slash in it.
-pub fn named(target: &str, parameters: &Parameters) -> Option<Result<Volume>> {
-    let (group, name) = target.split_once('/')?;
-    let refused = |why: String| DriverError::Target { path: target.into(), why };
-    if !parameters.target_groups.iter().any(|allowed| allowed == group) {
-        let why = format!("its volume group isn't one of the class's `{TARGET_GROUPS}`");
-        return Some(Err(refused(why)));
-    }
-    Some(Volume::new(group, name).map_err(|error| refused(error.to_string())))
-}
 
 /// Marks the volume as taken by this snapshot, unless it is; what is wrong with it is told as the user's to mend.
 pub async fn lend(task: &DiskTask, volume: &Volume) -> Result<()> {
@@ -66,20 +55,9 @@ pub async fn lend(task: &DiskTask, volume: &Volume) -> Result<()> {
 
 /// Why a volume can't be a disk's target, by what LVM says of it.
 fn why_not(row: &Row, task: &DiskTask) -> Option<String> {
-    let namespace = &task.vm.namespace;
-    match () {
-        () if !row.is_plain() => Some("is a snapshot, a snapshot's origin, a pool or a part of something".into()),
-        () if !row.is_target_of(namespace) => {
-            Some(format!("hasn't tag `{}`, which allows its use", target_tag(namespace)))
-        }
-        () if row.is_claimed() => Some("has the data of another snapshot".into()),
-        () if row.is_open() => Some("is in use".into()),
-        // QEMU copies only between images of one size.
-        () if row.lv_size != task.size => {
-            Some(format!("has {} bytes, and disk {} {}", row.lv_size, task.disk, task.size))
-        }
-        () => None,
-    }
+    // QEMU copies only between images of one size.
+    let other_size = || format!("has {} bytes, and disk {} {}", row.lv_size, task.disk, task.size);
+    target::why_not(row, &task.vm.namespace).or_else(|| (row.lv_size != task.size).then(other_size))
 }
 
 fn begins_with_zeros(path: &Path) -> std::io::Result<bool> {
@@ -142,20 +120,5 @@ pub async fn give_back(task: &DiskTask, volume: &Volume) -> Result<Removal> {
             Ok(Removal::Kept(format!("{} was made by its user and is left", volume.path().display())))
         }
         _ => Ok(Removal::Done),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_volume_of_a_group_that_the_class_names_is_a_target() {
-        let parameters = Parameters { target_groups: vec!["vg1".into()], ..Parameters::default() };
-        assert!(named("disk.raw", &parameters).is_none());
-        assert_eq!(named("vg1/a", &parameters).unwrap().unwrap(), Volume::new("vg1", "a").unwrap());
-        for bad in ["vg2/a", "vg1/../a", "/a", "vg1/", "vg1/pool_tdata"] {
-            assert!(matches!(named(bad, &parameters), Some(Err(DriverError::Target { .. }))), "{bad}");
-        }
     }
 }
