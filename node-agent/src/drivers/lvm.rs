@@ -306,7 +306,7 @@ impl From<NameError> for DriverError {
 
 #[cfg(test)]
 mod tests {
-    use super::commands::tests::row;
+    use super::report::tests::row;
     use super::*;
 
     #[test]
