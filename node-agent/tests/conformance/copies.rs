@@ -163,6 +163,8 @@ async fn a_copy_is_called_what_the_class_says_and_never_takes_a_name_that_is_tak
     let order = named(&world, 3);
     world.snapshot(&order).await;
     std::fs::remove_dir_all(copies.join("shop")).unwrap();
+    // With nothing at all in it, the class's directory might not be mounted.
+    std::fs::write(copies.join("other"), "").unwrap();
     world.delete(&order).await;
 }
 
