@@ -46,13 +46,15 @@ pub struct DiskTarget {
     /// The file's name, without directories: it is in the directory of the snapshot's namespace, below the one that the
     /// class names. It has the format that the class asks for and the disk's size, is empty, and nothing has it open. It
     /// stays the user's: deleting the snapshot leaves it as it is; but for driver `overlay` it is the disk itself from then on,
-    /// and is merged and gone with the last snapshot. Set by the user, unless `volume` is.
+    /// and is merged and gone with the last snapshot. For `overlay` it may be a block device's node, which the administrator
+    /// made: the disk goes on on that device, and stays there. Set by the user, unless `volume` is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 200), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._+@=:-]*$"))]
     pub file: Option<String>,
     /// The logical volume, as `<group>/<name>`, of a volume group that the class allows. It is tagged
     /// `freezeframe-target-<namespace>`, has exactly the disk's size, begins with a MiB of zeros, and nothing has it open.
-    /// It is written raw, and stays the user's. Set by the user, unless `file` is.
+    /// It is written raw, and stays the user's. For driver `overlay` it is formatted as an empty qcow2 image of the disk's
+    /// size instead, has room for all of it, and is the disk from then on. Set by the user, unless `file` is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
         length(min = 3, max = 255),

@@ -96,6 +96,7 @@ mod tests {
             source: "/images/a".into(),
             path: Ok("/images/a".into()),
             device: Err("not a device".into()),
+            on_device: None,
             filesystem: None,
             chain: Err("not looked at".into()),
             encrypted: false,

@@ -96,6 +96,8 @@ pub struct DiskFacts {
     pub path: std::result::Result<PathBuf, String>,
     /// The block device that is the disk's only image; else why there is none.
     pub device: std::result::Result<BlockDevice, String>,
+    /// The block device that its image is on, whatever is below that.
+    pub on_device: Option<PathBuf>,
     /// The file system that the image is on, where it is a file.
     pub filesystem: Option<Filesystem>,
     /// The images of its chain, top first, where each is a file beneath an image root; else why not.

@@ -16,6 +16,7 @@
 //! where a class wants it short ([`shorten`]).
 
 mod at_rest;
+mod device_merge;
 pub(crate) mod follow;
 mod follow_merge;
 pub(crate) mod followed;
@@ -24,6 +25,7 @@ mod lent;
 mod merge;
 mod needs;
 mod offline_merge;
+mod on_device;
 mod parameters;
 mod place;
 mod prepare;
@@ -70,7 +72,8 @@ impl SnapshotDriver for Overlay {
 
     fn can_take(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Verdict {
         let parameters = Parameters::parse(parameters).unwrap_or_default();
-        let device = disk.format == "raw" && disk.device.is_ok() && parameters.follow;
+        let raw = disk.format == "raw" && disk.device.is_ok();
+        let device = raw || (disk.format == "qcow2" && disk.on_device.is_some());
         let refusal = match &disk.path {
             _ if disk.writers == Writers::Nobody => {
                 Some("the guest can't write to it, so there would be nothing in a layer on top".into())
@@ -88,7 +91,12 @@ impl SnapshotDriver for Overlay {
             _ if disk.has_bitmaps => {
                 Some("the image has dirty bitmaps, which a layer on top would leave behind".into())
             }
-            Err(_) if device && (parameters.directory.is_some() || parameters.targets.is_some()) => None,
+            Err(_) if device && !parameters.follow => Some(format!(
+                "the image is on a block device, whose name can't become a layer's; a class with parameter `{}` takes it, where \
+                 the owner starts the VM with the layer",
+                parameters::FOLLOW
+            )),
+            Err(_) if device && parameters.has_a_place_for_layers() => None,
             Err(_) if device => Some(format!(
                 "it is a block device, and parameter `{}` must say where layers on those go",
                 parameters::DIRECTORY
@@ -97,7 +105,7 @@ impl SnapshotDriver for Overlay {
             Ok(_) => None,
         };
         let what = if disk.path.is_ok() { "file" } else { "device" };
-        let usable = if disk.format == "qcow2" {
+        let usable = if disk.format == "qcow2" && disk.path.is_ok() {
             "qcow2 file: a new layer at once, no copy".into()
         } else {
             format!("{} {what}: a new layer at once, which the VM must be started with next (startWith)", disk.format)
@@ -124,7 +132,7 @@ impl SnapshotDriver for Overlay {
     }
 
     fn why_no_target(&self, disk: &DiskFacts, parameters: &BTreeMap<String, String>) -> Option<String> {
-        lent::refuse(&disk.format, Parameters::parse(parameters).is_ok_and(|parameters| parameters.follow))
+        lent::refuse(disk, Parameters::parse(parameters).is_ok_and(|parameters| parameters.follow))
     }
 
     fn cut(&self, group: &[&DiskTask], _: &ImageRoots) -> Result<Cut> {
@@ -144,7 +152,9 @@ impl SnapshotDriver for Overlay {
         if state.keeps_name() && state.untouched.is_none() {
             let directory = roots.directory(&state.directory)?;
             follow_merge::refuse_if_left(vm, roots, &directory, &state).await?;
-            directory.touch(&state.disk_file)?;
+            if !state.is_on_device() {
+                directory.touch(&state.disk_file)?;
+            }
             state.stamp(&directory)?;
             task.set_state(&state)?;
         }
@@ -184,7 +194,7 @@ impl SnapshotDriver for Overlay {
     }
 
     fn needs(&self, task: &DiskTask) -> Option<Need> {
-        let state: State = task.state().ok()?;
+        let state: State = task.state().ok().filter(|state: &State| !state.is_on_device())?;
         Some(Need { directory: state.directory, bytes: prepare::LAYER_METADATA })
     }
 
@@ -256,6 +266,7 @@ mod tests {
             source: "/images/a".into(),
             path: Ok("/images/a".into()),
             device: Err("not a device".into()),
+            on_device: None,
             filesystem: None,
             chain: Err("not looked at".into()),
             encrypted: false,

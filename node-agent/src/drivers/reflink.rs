@@ -275,6 +275,7 @@ mod tests {
             encrypted: false,
             has_bitmaps: false,
             writers: Writers::Guest,
+            on_device: None,
             not_followed: None,
         };
         match Reflink.can_take(&facts, &BTreeMap::new()) {

@@ -102,6 +102,7 @@ fn found_disk(
             format: node.driver.clone(),
             source: path.as_ref().map_or_else(|_| node.file.clone(), |path| path.display().to_string()),
             device,
+            on_device: device_below(node, files),
             filesystem: path.as_ref().ok().and_then(|path| Filesystem::of(path, roots)),
             chain: chain_of(node, graph, files, roots),
             path,
@@ -116,6 +117,14 @@ fn found_disk(
 /// QEMU tells the file with the data, not the one with the image: whoever worked on that one would destroy it.
 fn only_file(node: &Node) -> Result<(), String> {
     if node.external_data { Err("the image has its data in another file".into()) } else { Ok(()) }
+}
+
+fn device_below(node: &Node, files: &NodeFiles) -> Option<PathBuf> {
+    only_file(node).ok()?;
+    match files.of(node)? {
+        NodeFile::Device { path, .. } => Some(path.clone()),
+        _ => None,
+    }
 }
 
 fn image_path(node: &Node, files: &NodeFiles, roots: &ImageRoots) -> Result<PathBuf, String> {

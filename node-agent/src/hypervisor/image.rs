@@ -199,6 +199,15 @@ impl ImageDirectory {
         }
     }
 
+    /// The number of the block device that a name of it, and no path, is a node of; none if it is no such node.
+    pub fn device_number(&self, name: &str) -> Result<Option<u64>> {
+        match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice => Ok(Some(found.st_rdev)),
+            Ok(_) | Err(Errno::NOENT) => Ok(None),
+            Err(source) => Err(io_error("examine", &self.join(name), source)),
+        }
+    }
+
     /// Whether that name is taken by exactly that file.
     pub fn holds(&self, name: &str, id: FileId) -> Result<bool> {
         Ok(self.id(name)? == Some(id))

@@ -6,6 +6,7 @@
 pub mod backing;
 pub mod btrfs;
 pub mod device;
+pub mod device_name;
 pub mod disks;
 pub mod file_id;
 pub mod filesystem;

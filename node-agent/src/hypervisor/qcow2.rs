@@ -7,6 +7,8 @@ use std::io::{Read, Seek, SeekFrom};
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 const LONGEST_NAME: u32 = 1023;
+/// Longest first table, in entries: QEMU's own limit.
+const MOST_ENTRIES: u64 = (32 << 20) / 8;
 
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +62,21 @@ pub fn has_external_data(image: &mut (impl Read + Seek)) -> Result<bool, HeaderE
     Ok(be32(&prefix[4..8]) >= 3 && be64(&prefix[72..80]) & (1 << 2) != 0)
 }
 
+/// Whether an image has anything of its own: an entry in its table of tables.
+pub fn has_clusters(image: &mut (impl Read + Seek)) -> Result<bool, HeaderError> {
+    let mut prefix = [0_u8; 48];
+    image.seek(SeekFrom::Start(0))?;
+    image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
+    if prefix[..4] != MAGIC {
+        return Err(HeaderError::NotQcow2);
+    }
+    let entries = u64::from(be32(&prefix[36..40])).min(MOST_ENTRIES);
+    image.seek(SeekFrom::Start(be64(&prefix[40..48])))?;
+    let mut table = vec![];
+    image.take(entries * 8).read_to_end(&mut table)?;
+    Ok(table.iter().any(|byte| *byte != 0))
+}
+
 /// Reads a backing string of `length` bytes at `offset`.
 pub(super) fn read_backing(image: &mut (impl Read + Seek), offset: u64, length: u32) -> Result<String, HeaderError> {
     if length > LONGEST_NAME {
@@ -106,6 +123,21 @@ mod tests {
         let found = read_header(&mut Cursor::new(image(b"disk.qcow2", 10))).unwrap();
         assert_eq!(found, Header { virtual_size: 1_048_576, backing: Some("disk.qcow2".into()), encrypted: false });
         assert_eq!(read_header(&mut Cursor::new(image(b"", 0))).unwrap().backing, None);
+    }
+
+    #[test]
+    fn an_image_has_clusters_once_something_was_written_to_it() {
+        let here = tempfile::tempdir().unwrap();
+        let path = here.path().join("disk.qcow2");
+        let run = |program: &str, arguments: &[&str]| {
+            assert!(std::process::Command::new(program).args(arguments).arg(&path).status().unwrap().success());
+        };
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "size=4G"]);
+        let has = || has_clusters(&mut std::fs::File::open(&path).unwrap()).unwrap();
+        assert!(!has());
+        run("qemu-io", &["-f", "qcow2", "-c", "write -q 3G 64k"]);
+        assert!(has());
+        assert!(matches!(has_clusters(&mut Cursor::new(vec![0; 4096])), Err(HeaderError::NotQcow2)));
     }
 
     #[test]

@@ -262,6 +262,7 @@ mod tests {
                 source: String::new(),
                 path: absent(),
                 device: Err(String::new()),
+                on_device: None,
                 filesystem: None,
                 chain: Err(String::new()),
                 encrypted: false,

@@ -13,7 +13,7 @@ use super::journal::JournalError;
 use super::order::Order;
 use super::outcome::Failure;
 use crate::causes::chain;
-use crate::drivers::overlay::followed;
+use crate::drivers::overlay::followed::{self, may_have_layer_elsewhere};
 use crate::hypervisor::still::{Still, StillError};
 use crate::hypervisor::target_file::{self, KnownDisk, TargetFileError};
 use crate::hypervisor::{OpenError, Vm, VmKey};
@@ -191,10 +191,14 @@ impl Sessions {
     /// What disks that were last known as `known` are by now.
     pub(crate) fn disks_now(&self, vm: &VmKey, known: &[KnownDisk]) -> Result<Vec<KnownDisk>, JournalError> {
         let mut now: Vec<_> = known.iter().map(|disk| followed::now(disk, &self.roots)).collect();
-        let layers = self.layers_elsewhere(vm, now.iter().map(|disk| disk.format.as_str()))?;
-        for (image, layer) in layers {
-            for disk in now.iter_mut().filter(|disk| disk.path == image) {
-                (disk.path, disk.format) = (layer.clone(), "qcow2".into());
+        let may_have_layers = now.iter().map(|disk| may_have_layer_elsewhere(&disk.format, &disk.path));
+        let layers = self.layers_elsewhere(vm, may_have_layers)?;
+        // A layer on a device is the image of the next.
+        for _ in 0..layers.len() {
+            for (image, layer) in &layers {
+                for disk in now.iter_mut().filter(|disk| disk.path == *image) {
+                    (disk.path, disk.format) = (layer.clone(), "qcow2".into());
+                }
             }
         }
         Ok(now)

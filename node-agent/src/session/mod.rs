@@ -51,6 +51,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::boot::Boots;
 use crate::causes::chain;
 use crate::crash;
+use crate::drivers::overlay::followed::image_and_layer;
 use crate::drivers::{Cut, DiskTask, Drivers, SnapshotDriver};
 use crate::hypervisor::Vm;
 use crate::hypervisor::image::ImageRoots;
@@ -271,8 +272,10 @@ impl Sessions {
     async fn take_back(&self, record: &mut SessionRecord) -> Result<Turn, JournalError> {
         let status = record.status.clone().into_boxed();
         match self.remove_artifacts(record, &Waiting::default()).await {
-            Ok(_) => {
-                record.stage = Stage::Removed;
+            Ok(removed) => {
+                // What was to be its layer may be the disk by now, which the former one's VM must be told.
+                let is_disk = !removed.kept.is_empty() && record.tasks.iter().any(|t| image_and_layer(t).is_some());
+                record.stage = if is_disk { Stage::Retained } else { Stage::Removed };
                 self.journal.save(record)?;
                 Ok(Turn::Over(status))
             }

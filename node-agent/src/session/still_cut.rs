@@ -3,6 +3,7 @@
 //! The QEMU that has the disks is ours and writes nothing by itself. A crash between transaction and exchange leaves an
 //! empty layer under a name that nobody uses, and the disks as they were.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use freezeframe_api::conditions::reasons;
@@ -18,7 +19,7 @@ use super::window::{Plan, WindowError};
 use crate::causes::chain;
 use crate::crash;
 use crate::drivers::DiskTask;
-use crate::hypervisor::disks::disks;
+use crate::hypervisor::disks::{FoundDisk, disks};
 
 impl Sessions {
     /// Cuts the disks of a stopped VM, and makes sure that it was stopped all the time.
@@ -69,7 +70,11 @@ async fn still_ours(sessions: &Sessions, machine: &Machine, tasks: &[DiskTask]) 
         let is = |task: &DiskTask| {
             let driver = sessions.drivers.find(&task.driver);
             let path = driver.map_or_else(|| task.path.clone(), |driver| driver.disk_after_cut(task));
-            found.iter().any(|disk| disk.name == task.disk && disk.facts.path.clone().ok() == path)
+            // A device is no file beneath a root, but has its name.
+            let is_it = |disk: &FoundDisk| {
+                disk.facts.path.clone().ok() == path || path.as_deref() == Some(Path::new(&disk.facts.source))
+            };
+            found.iter().any(|disk| disk.name == task.disk && is_it(disk))
         };
         match tasks.iter().find(|task| !is(task)) {
             None => return Ok(()),

@@ -1,5 +1,6 @@
 //! What can be said of one VM at this moment.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use freezeframe_api::conditions::{condition, reasons, set, types};
@@ -13,6 +14,7 @@ use super::stopped::Files;
 use super::{follow, rates, space};
 use crate::causes::chain;
 use crate::drivers::{Drivers, Layer, SnapshotDriver, Verdict};
+use crate::hypervisor::device::number_of;
 use crate::hypervisor::disks::{FoundDisk, disks};
 use crate::hypervisor::{AGENT_TIMEOUT, OpenError, Vm, VmKey};
 use crate::session::Sessions;
@@ -126,8 +128,9 @@ pub fn target_disk(disk: &FoundDisk, drivers: &Drivers) -> TargetDisk {
 
 /// The disk's own image, where the command line leads elsewhere.
 fn start_with(disk: &FoundDisk) -> Option<StartWith> {
-    let path = disk.facts.path.as_ref().ok().filter(|_| disk.apart)?;
-    Some(outcome::start_with(&Layer { path: path.clone(), format: disk.facts.format.clone() }))
+    let device = || Some(PathBuf::from(&disk.facts.source)).filter(|path| number_of(path).is_ok());
+    let path = disk.facts.path.clone().ok().or_else(device).filter(|_| disk.apart)?;
+    Some(outcome::start_with(&Layer { path, format: disk.facts.format.clone() }))
 }
 
 fn conditions(status: &mut VMTargetStatus, exhausted: bool) {

@@ -25,16 +25,22 @@ pub struct Machine {
 impl Machine {
     /// Starts QEMU with its sockets in `directory`; its disks are called `vd0`, `vd1` and so on.
     pub async fn start(directory: &Path, volumes: &[Lv]) -> Self {
+        let raw: Vec<_> = volumes.iter().map(|volume| (volume.path(), "raw")).collect();
+        Self::start_on(directory, &raw).await
+    }
+
+    /// The same on devices with images of other formats.
+    pub async fn start_on(directory: &Path, devices: &[(String, &str)]) -> Self {
         // What its `qemu-io` says goes to QEMU's own output, and must not wait in a buffer there.
         let mut command = Command::new("stdbuf");
         command.args(["-oL", "qemu-system-x86_64"]).args("-M q35,accel=tcg -m 64 -nodefaults -display none".split(' '));
         for socket in ["qmp.sock", "test.sock"] {
             command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", directory.join(socket).display()));
         }
-        for (at, volume) in volumes.iter().enumerate() {
-            let file = format!("driver=host_device,node-name=vd{at}-file,filename={}", volume.path());
+        for (at, (path, format)) in devices.iter().enumerate() {
+            let file = format!("driver=host_device,node-name=vd{at}-file,filename={path}");
             command.args(["-blockdev", &file]);
-            command.args(["-blockdev", &format!("driver=raw,node-name=vd{at}-node,file=vd{at}-file")]);
+            command.args(["-blockdev", &format!("driver={format},node-name=vd{at}-node,file=vd{at}-file")]);
             command.args(["-device", &format!("virtio-blk-pci,drive=vd{at}-node,id=vd{at},bootindex={at}")]);
         }
         let output = directory.join("output");

@@ -13,6 +13,7 @@ mod counting;
 mod frozen;
 mod guests;
 mod instant;
+mod layers;
 #[path = "../conformance/loader.rs"]
 mod loader;
 mod machine;

@@ -25,7 +25,7 @@ fn order(world: &World, number: u32, volumes: &[&str]) -> Order {
     order
 }
 
-fn path(name: &str) -> String {
+pub fn path(name: &str) -> String {
     format!("/dev/{GROUP}/{name}")
 }
 
@@ -36,7 +36,7 @@ fn dd(from: &str, volume: &str, mib: u32, at: u32) {
 }
 
 /// A volume of a size in bytes that reads as zeros where that is looked at, and not elsewhere.
-fn volume(kind: &str, size: u64, name: &str) {
+pub fn volume(kind: &str, size: u64, name: &str) {
     let place =
         if kind == "thin" { format!("-V {size}b --thinpool {GROUP}/pool") } else { format!("-L {size}b {GROUP}") };
     lvm(&format!("lvcreate -qq -y -Wy {place} -n {name}"));
@@ -44,11 +44,11 @@ fn volume(kind: &str, size: u64, name: &str) {
     dd("/dev/zero", name, 1, 0);
 }
 
-fn allow(name: &str) {
+pub fn allow(name: &str) {
     lvm(&format!("lvchange -qq --addtag freezeframe-target-shop {GROUP}/{name}"));
 }
 
-async fn refuses(world: &World, order: &Order, words: &str) {
+pub async fn refuses(world: &World, order: &Order, words: &str) {
     let status = world.advance(order).await;
     let ready = find(&status.conditions, types::READY).unwrap();
     assert_eq!(

@@ -158,6 +158,12 @@ impl World {
         self.machine = Some(Machine::start(&self.sessions.vm_root.join("shop/db-1"), &self.volumes).await);
     }
 
+    /// Starts QEMU again, on other devices.
+    pub async fn start_on(&mut self, devices: &[(String, &str)]) {
+        self.machine = None;
+        self.machine = Some(Machine::start_on(&self.sessions.vm_root.join("shop/db-1"), devices).await);
+    }
+
     /// What is to be read of the volumes themselves.
     pub fn check_volumes(&self, contents: &[Content]) {
         for (volume, content) in self.volumes.iter().zip(contents) {

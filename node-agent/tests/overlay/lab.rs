@@ -56,6 +56,8 @@ pub struct Lab {
     pub targets: BTreeMap<String, String>,
     /// Driver of each disk's inserted node, and images below the disk's own, as they were at the start.
     start: Vec<(String, usize)>,
+    /// Whether the disk stays a layer when all snapshots are gone.
+    pub stays_layered: bool,
     /// Images of retained snapshots that are beside the chains.
     pub left_out: usize,
     /// Snapshots that are gone while their images are kept, in random lives: there they may be beside the chains.
@@ -113,6 +115,7 @@ impl Lab {
             parameters: BTreeMap::new(),
             targets: BTreeMap::new(),
             start: vec![],
+            stays_layered: false,
             left_out: 0,
             retained: BTreeSet::new(),
             taken: 0,
@@ -293,7 +296,8 @@ impl Lab {
         let shape = self.shape().await;
         assert_eq!(shape.len(), self.start.len());
         for ((driver, depth), (at_first, below)) in shape.into_iter().zip(&self.start) {
-            let layered = !self.snapshots.is_empty() && ["raw", "qed"].contains(&at_first.as_str());
+            let layered =
+                (!self.snapshots.is_empty() || self.stays_layered) && ["raw", "qed"].contains(&at_first.as_str());
             assert_eq!(driver, if layered { "qcow2" } else { at_first }, "filters");
             let most = below + self.snapshots.len() - self.left_out;
             assert!((most - self.retained.len()..=most).contains(&depth), "{depth} layers, not {most}");

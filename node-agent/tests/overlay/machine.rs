@@ -1,6 +1,7 @@
 //! A QEMU with disks and no guest, and the tests' own monitor to it.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -160,10 +161,16 @@ pub fn format_of(image: &Path) -> &'static str {
         Some("qcow2") => "qcow2",
         Some("qed") => "qed",
         Some("img") => "raw",
-        _ if image.starts_with("/dev") => "raw",
+        _ if image.starts_with("/dev") && !is_qcow2(image) => "raw",
         // A snapshot's image of a qcow2 disk.
         _ => "qcow2",
     }
+}
+
+fn is_qcow2(device: &Path) -> bool {
+    let mut magic = [0; 4];
+    File::open(device).and_then(|mut device| device.read_exact(&mut magic)).unwrap();
+    magic == *b"QFI\xfb"
 }
 
 /// What an image and its backing files say, read from outside.

@@ -29,6 +29,7 @@ use super::state::State;
 use crate::causes::chain;
 use crate::drivers::tool::look;
 use crate::drivers::{DiskTask, DriverError, Result};
+use crate::hypervisor::device::number_of;
 use crate::hypervisor::image::{ImageDirectory, ImageError, ImageRoots};
 use crate::hypervisor::qcow2::HeaderError;
 
@@ -65,14 +66,23 @@ pub fn image_below(layer: &Path) -> Option<(PathBuf, &'static str)> {
 /// Whether the VM's command line leads to another image than the disk's, by the disk's node: ours live as long as QEMU.
 #[must_use]
 pub fn is_apart(top: &Node) -> bool {
-    let kind = if top.driver == "qcow2" { APART } else { IN_PLACE };
-    top.name.starts_with(OURS) && top.name.ends_with(kind)
+    let is_layer = top.driver == "qcow2" && top.name.ends_with(APART);
+    top.name.starts_with(OURS) && (is_layer || (keeps_name(top) && top.name.ends_with(IN_PLACE)))
+}
+
+/// Whether the disk's image keeps its name when it gets a layer.
+fn keeps_name(top: &Node) -> bool {
+    top.driver != "qcow2" || is_on_device(top)
+}
+
+fn is_on_device(top: &Node) -> bool {
+    number_of(Path::new(&top.file)).is_ok()
 }
 
 /// Whether it will after the next cut. Once all layers were merged, the next one has again the name that a VM has on its
 /// command line which followed before.
 pub fn will_be_apart(top: &Node) -> bool {
-    if top.driver == "qcow2" { is_apart(top) } else { !is_apart(top) }
+    if keeps_name(top) { !(top.name.starts_with(OURS) && top.name.ends_with(IN_PLACE)) } else { is_apart(top) }
 }
 
 /// What an image was when nobody was to write to it any more.
@@ -119,8 +129,8 @@ pub fn real_name(name: &str) -> Result<String> {
     Ok(std::fs::canonicalize(name).map_err(io)?.display().to_string())
 }
 
-/// Names the new layer of an image, where one can be made.
-pub fn plan(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<String> {
+/// Fails unless a layer's header can name the image.
+pub fn check_nameable(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<()> {
     let refused = |why: String| Err(DriverError::Verify(format!("disk {}: {why}", task.disk)));
     if image.contains(':') && !image.starts_with('/') {
         return refused(format!("QEMU would take what is before the colon of `{image}` for a protocol"));
@@ -129,6 +139,12 @@ pub fn plan(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<
     if task.format == "raw" && length(directory, image)?.next_multiple_of(SECTOR) != task.size {
         return refused(format!("it is a part of {} only", directory.join(image).display()));
     }
+    Ok(())
+}
+
+/// Names the new layer of an image, where one can be made.
+pub fn plan(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<String> {
+    check_nameable(task, directory, image)?;
     if let Some(target) = &task.target {
         return lent::check(task, directory, target, image).map(|()| target.clone());
     }
@@ -137,10 +153,11 @@ pub fn plan(task: &DiskTask, directory: &ImageDirectory, image: &str) -> Result<
         // A device has no directory of its own, and its name isn't one for a file.
         None => layer_on(&format!("{}.{}-{}", task.vm.namespace, task.vm.name, task.disk), &task.format),
     };
-    match directory.id(&layer)? {
-        None => Ok(layer),
-        Some(_) => refused(format!("{} is there already", directory.join(&layer).display())),
+    if directory.id(&layer)?.is_none() {
+        return Ok(layer);
     }
+    let why = format!("{} is there already", directory.join(&layer).display());
+    Err(DriverError::Verify(format!("disk {}: {why}", task.disk)))
 }
 
 /// What has the name of the VM's new disk.
@@ -207,7 +224,9 @@ fn yes() -> bool {
 
 /// Whether an image has no data of its own.
 pub async fn is_empty(directory: &ImageDirectory, name: &str) -> Result<bool> {
-    let file = json!({"driver": "file", "filename": directory.join(name), "locking": "off"});
+    let path = directory.join(name);
+    let protocol = if number_of(&path).is_ok() { "host_device" } else { "file" };
+    let file = json!({"driver": protocol, "filename": path, "locking": "off"});
     let image = format!("json:{}", json!({"driver": "qcow2", "file": file, "backing": null}));
     let listed = look(&["map", "-U", "--output=json"], Path::new(&image), &[], LOOK_TIMEOUT).await?;
     let failed = |why: String| DriverError::NotNow(format!("{} can't be read: {why}", directory.join(name).display()));
@@ -238,9 +257,10 @@ pub async fn refuse_if_touched(directory: &ImageDirectory, state: &State) -> Res
 pub fn left_behind(directory: &ImageDirectory, state: &State) -> DriverError {
     DriverError::NotNow(format!(
         "the VM was started with {}, not with {}, which has what was written since the snapshot: nothing is touched \
-         until that file is deleted, or the VM is started with it",
+         until {}, or the VM is started with it",
         directory.join(&state.layer).display(),
-        directory.join(&state.disk_file).display()
+        directory.join(&state.disk_file).display(),
+        if state.is_on_device() { "its beginning is cleared" } else { "that file is deleted" }
     ))
 }
 

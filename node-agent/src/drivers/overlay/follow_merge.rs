@@ -92,7 +92,7 @@ fn stay_newest(directory: &ImageDirectory, state: &State) -> Result<()> {
 
 /// Whether QEMU has the new layer as it was made. The cut gives it a backing node for good: one with that and no disk on
 /// it may be merged, but its disk may as well have been unplugged.
-async fn was_never_cut(vm: &Vm, directory: &ImageDirectory, state: &State) -> Result<bool> {
+pub async fn was_never_cut(vm: &Vm, directory: &ImageDirectory, state: &State) -> Result<bool> {
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     let mut tops = graph.disks().iter().filter_map(|disk| disk.top.as_deref());
     let used = tops.any(|top| graph.chain(top).iter().any(|node| node.name == state.layer_node()));
@@ -145,11 +145,14 @@ pub async fn refuse_if_left(vm: &Vm, roots: &ImageRoots, directory: &ImageDirect
     if graph.node(&state.layer_node()).is_some() {
         return Ok(());
     }
+    if state.is_on_device() {
+        // The times of a device don't tell whether the VM ran on what is below it.
+        let why = format!("the VM was restarted before its snapshot with {} was complete", state.disk_file);
+        return Err(DriverError::Verify(why));
+    }
     let image = directory.join(&state.layer);
-    let is_on = |disk: &FoundDisk| {
-        let device = disk.facts.device.as_ref().map(|device| &device.path);
-        [disk.facts.path.as_ref().ok(), device.ok()].contains(&Some(&image))
-    };
+    let is_on =
+        |disk: &FoundDisk| [disk.facts.path.as_ref().ok(), disk.facts.on_device.as_ref()].contains(&Some(&image));
     if found.iter().any(is_on) {
         return Err(DriverError::Verify(follow::left_behind(directory, state).to_string()));
     }

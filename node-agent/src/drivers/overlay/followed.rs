@@ -4,6 +4,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::device_merge::{is_filled, is_unknown};
 use super::follow::{FORMATS, image_below, layer_on, metadata, overwritten};
 use super::prepare::header;
 use super::state::State;
@@ -17,7 +18,9 @@ const DEEPEST: usize = 1024;
 /// The image that a task's disk was, and the layer elsewhere that is the disk in its place.
 pub fn image_and_layer(task: &DiskTask) -> Option<(PathBuf, PathBuf)> {
     let state: State = task.state().ok().filter(|_| task.driver == "overlay")?;
+    // Before it was lent, a device may have anything.
     let elsewhere = state.is_device() || state.is_elsewhere();
+    let elsewhere = elsewhere && (!state.is_on_device() || state.overlay.is_some());
     elsewhere.then(|| (state.layer.clone().into(), state.directory.join(&state.disk_file)))
 }
 
@@ -39,10 +42,10 @@ pub fn not_followed(disk: &Path, format: &str, runs: bool, roots: &ImageRoots) -
 /// What to say of a disk that a layer was made on which the VM wasn't started with.
 pub fn has_layer(image: &Path, layer: &Path) -> String {
     format!(
-        "the VM was started with {}, and what was written after a snapshot of it is in {}: delete that file to go on without \
-         it",
+        "the VM was started with {}, and what was written after a snapshot of it is in {}: {} to go on without it",
         image.display(),
-        layer.display()
+        layer.display(),
+        if is_device(layer) { "clear the beginning of that device" } else { "delete that file" }
     )
 }
 
@@ -76,9 +79,16 @@ pub fn image_at_bottom(directory: &ImageDirectory, state: &State) -> Option<Path
     None
 }
 
-/// Whether a layer on an image elsewhere is there, and not merged. What has its name may be another disk's by now.
+/// Whether a layer on an image elsewhere is there, and not merged. What has its name may be another disk's by now. One on
+/// a device goes on as the disk when the image isn't below it any more, unless it reads as nothing.
 pub fn is_layer(image: &Path, layer: &Path, roots: &ImageRoots) -> bool {
     let Ok((directory, mut name)) = roots.directory_of(layer) else { return false };
+    if is_device(layer) {
+        name = layer.display().to_string();
+        if header(&directory, &name).is_ok_and(|found| found.backing.is_none()) {
+            return is_filled(&directory, layer);
+        }
+    }
     for _ in 0..DEEPEST {
         match header(&directory, &name).ok().and_then(|found| found.backing) {
             Some(below) if Path::new(&below).is_absolute() => return is_same(Path::new(&below), image),
@@ -87,6 +97,20 @@ pub fn is_layer(image: &Path, layer: &Path, roots: &ImageRoots) -> bool {
         }
     }
     false
+}
+
+/// Whether an image may be one that a layer elsewhere was made on.
+pub fn may_have_layer_elsewhere(format: &str, image: &Path) -> bool {
+    FORMATS.contains(&format) || is_device(image)
+}
+
+/// Whether a layer is on a device of which nobody can tell what is on it.
+pub fn is_missing(layer: &Path, roots: &ImageRoots) -> bool {
+    is_device(layer) && is_unknown(layer, roots)
+}
+
+fn is_device(layer: &Path) -> bool {
+    layer.starts_with("/dev")
 }
 
 /// Whether two names are of one image: a device's may be links.

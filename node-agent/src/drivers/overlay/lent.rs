@@ -2,20 +2,23 @@
 //! where there was no cut.
 //!
 //! From the cut on it is the disk, as any layer is, and goes when it is merged. Until then nothing was written to it but
-//! the name of the image below, and that is taken away again.
+//! the name of the image below, and that is taken away again. What is different for a device is in
+//! [`on_device`](super::on_device).
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::OFlags;
+use tokio::sync::Mutex;
 
 use super::follow::is_empty;
+use super::on_device;
 use super::parameters::{FOLLOW, Parameters, TARGETS};
 use super::prepare::header;
 use super::state::State;
 use crate::causes::chain;
 use crate::drivers::naming::is_plain;
-use crate::drivers::{DiskTask, DriverError, Removal, Result, qemu_img};
+use crate::drivers::{DiskFacts, DiskTask, DriverError, Removal, Result, qemu_img};
 use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 use crate::hypervisor::lock::ImageLock;
 use crate::hypervisor::qcow2::{has_external_data, read_header};
@@ -33,7 +36,7 @@ pub fn directory_for(task: &DiskTask, roots: &ImageRoots) -> Result<ImageDirecto
 pub fn check(task: &DiskTask, directory: &ImageDirectory, name: &str, image: &str) -> Result<()> {
     let refused = |why: String| Err(DriverError::Target { path: directory.join(name), why });
     if !is_plain(name) {
-        return refused("is not a file's name; a volume can't be a layer".into());
+        return refused("is not a file's name".into());
     }
     match directory.id(name) {
         Ok(Some(_)) => {}
@@ -52,12 +55,17 @@ fn check_file(task: &DiskTask, directory: &ImageDirectory, name: &str, image: &s
     if file.metadata().map_err(|error| error.to_string())?.nlink() != 1 {
         return Err("has other names too".into());
     }
-    let found = read_header(&mut file).map_err(|error| chain(&error))?;
+    check_image(task, &mut file, image)
+}
+
+/// It is qcow2, of the disk's size, and on top of nothing.
+pub fn check_image(task: &DiskTask, file: &mut File, image: &str) -> std::result::Result<(), String> {
+    let found = read_header(file).map_err(|error| chain(&error))?;
     // An interrupted `prepare` may have put it there.
     if found.backing.as_deref().is_some_and(|backing| backing != image) {
         return Err("needs another file".into());
     }
-    if has_external_data(&mut file).map_err(|error| chain(&error))? {
+    if has_external_data(file).map_err(|error| chain(&error))? {
         return Err("has its data in another file".into());
     }
     if found.virtual_size != task.size {
@@ -68,10 +76,18 @@ fn check_file(task: &DiskTask, directory: &ImageDirectory, name: &str, image: &s
 
 /// Puts the file on top of the disk's image, unless that is done.
 pub async fn lend(task: &DiskTask, directory: &ImageDirectory, state: &mut State) -> Result<()> {
+    // Until its header names the image, a file or a device may be checked for two disks.
+    static ONE: Mutex<()> = Mutex::const_new(());
+    let _one = ONE.lock().await;
     let id = directory.id(&state.disk_file)?;
     if state.overlay.is_none() || state.overlay != id {
-        check(task, directory, &state.disk_file, &state.layer)?;
+        if state.is_on_device() {
+            on_device::check(task, state).await?;
+        } else {
+            check(task, directory, &state.disk_file, &state.layer)?;
+        }
         refuse_unless_empty(directory, state).await?;
+        on_device::claim(task, state).await?;
         let path = directory.join(&state.disk_file);
         let arguments = ["rebase", "-u", "-f", "qcow2", "-F", &state.format, "-b", &state.layer];
         qemu_img(&arguments, &path, None).await.map_err(|error| error.or_no_space(directory))?;
@@ -103,8 +119,8 @@ pub async fn give_back(directory: &ImageDirectory, state: &State) -> Result<Remo
 }
 
 /// Why there is no use for a target, where there is none.
-pub fn refuse(format: &str, follow: bool) -> Option<String> {
-    if format == "qcow2" {
+pub fn refuse(disk: &DiskFacts, follow: bool) -> Option<String> {
+    if disk.format == "qcow2" && disk.path.is_ok() {
         let why = "a layer on a qcow2 disk takes the disk's own name, so it must be made beside it";
         return Some(why.into());
     }

@@ -16,7 +16,7 @@
 //!  the file can't be written by its node, or the merge starves ── stream it up, unlink it ─► Done
 //! ```
 //!
-//! What is different for a file that keeps its name is in [`follow_merge`].
+//! What is different for a file that keeps its name is in [`follow_merge`], and for a layer on a device in [`device_merge`].
 
 use freezeframe_qemu::{BlockGraph, Node};
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ use super::place::{Place, name_of};
 use super::prepare::{close_unfinished, forget_node, header, pin, replace_base};
 use super::state::{Merging, State};
 use super::stream::stream_up;
-use super::{DiskTask, at_rest, follow_merge, offline_merge, starving, unseen, upwards};
+use super::{DiskTask, at_rest, device_merge, follow_merge, offline_merge, starving, unseen, upwards};
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Removal, Result, Switch, qemu};
 use crate::hypervisor::graph::take_back_unused;
@@ -37,6 +37,11 @@ use crate::hypervisor::{QMP_TIMEOUT, Vm};
 pub async fn remove(env: &Env<'_>, task: &mut DiskTask) -> Result<Removal> {
     let mut state: State = task.state()?;
     state.completed = task.artifact.is_some();
+    if state.is_on_device() {
+        let step = device_merge::remove(env, task, &mut state).await;
+        task.set_state(&state)?;
+        return step;
+    }
     let directory = match env.vm {
         // Whatever has become of the name: QEMU has the images open.
         Some(_) => env.roots.directory(&state.directory)?,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::drivers::lvm::target::{TARGET_GROUPS, groups};
 use crate::drivers::naming::Template;
 use crate::drivers::{DriverError, Result};
 
@@ -27,6 +28,8 @@ pub struct Parameters {
     pub directory: Option<PathBuf>,
     /// Below which files are that users made for layers, each namespace's in a directory of its own.
     pub targets: Option<PathBuf>,
+    /// Volume groups whose volumes users may name for layers.
+    pub target_groups: Vec<String>,
     /// What a snapshot's image is called, beside the disk; as the driver likes where absent.
     pub template: Option<Template>,
 }
@@ -41,17 +44,23 @@ impl Parameters {
         Ok(parameters)
     }
 
+    /// Whether a layer may go elsewhere than beside the disk, which for a block device it must.
+    pub fn has_a_place_for_layers(&self) -> bool {
+        self.directory.is_some() || self.targets.is_some() || !self.target_groups.is_empty()
+    }
+
     fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
         match (key, value) {
             (FOLLOW, "true" | "false") => self.follow = value == "true",
             (FOLLOW, other) => return Err(format!("`{other}` is neither \"true\" nor \"false\"")),
             (DIRECTORY, path) if Path::new(path).is_absolute() => self.directory = Some(path.into()),
             (TARGETS, path) if Path::new(path).is_absolute() => self.targets = Some(path.into()),
+            (TARGET_GROUPS, text) => self.target_groups = groups(text)?,
             (OUTPUT_TEMPLATE, text) => self.template = Some(one_name(text)?),
             (DIRECTORY | TARGETS, other) => return Err(format!("`{other}` is not an absolute path")),
             _ => {
                 return Err(format!(
-                    "overlay doesn't know this one; it knows {FOLLOW}, {DIRECTORY}, {TARGETS}, {OUTPUT_TEMPLATE}"
+                    "overlay doesn't know this one; it knows {FOLLOW}, {DIRECTORY}, {TARGETS}, {TARGET_GROUPS}, {OUTPUT_TEMPLATE}"
                 ));
             }
         }
@@ -79,7 +88,9 @@ mod tests {
         assert_eq!(parse(FOLLOW, "false").unwrap(), Parameters::default());
         assert_eq!(parse(DIRECTORY, "/layers").unwrap().directory, Some("/layers".into()));
         assert_eq!(parse(TARGETS, "/targets").unwrap().targets, Some("/targets".into()));
+        assert_eq!(parse(TARGET_GROUPS, "vg0,vg1").unwrap().target_groups, ["vg0", "vg1"]);
         for (key, value) in [
+            (TARGET_GROUPS, "vg0/a"),
             (FOLLOW, "yes"),
             (DIRECTORY, "layers"),
             (TARGETS, "targets"),

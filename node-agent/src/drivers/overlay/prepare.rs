@@ -4,11 +4,13 @@ use freezeframe_qemu::{BlockGraph, Node};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
+use std::path::Path;
 
 use super::follow;
 use super::lent;
 use super::state::State;
 use crate::drivers::{DiskTask, DriverError, Result, qemu};
+use crate::hypervisor::device::number_of;
 use crate::hypervisor::graph::{hand_over, is_by_descriptor, renew, take_back_unused};
 use crate::hypervisor::image::{ImageDirectory, ImageRoots};
 use crate::hypervisor::qcow2::{Header, read_header};
@@ -24,7 +26,7 @@ pub async fn make_layer(roots: &ImageRoots, task: &DiskTask, state: &mut State) 
         return Ok(());
     }
     let free = directory.free_bytes()?;
-    if free < LAYER_METADATA {
+    if free < LAYER_METADATA && !state.is_on_device() {
         return Err(DriverError::NoSpace { path: directory.join(state.new_file()), needed: LAYER_METADATA, free });
     }
     if state.lent {
@@ -58,7 +60,12 @@ pub async fn open_layer(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &St
         return Err(DriverError::NotNow(format!("disk {} is being resized", task.disk)));
     }
     let directory = roots.directory(&state.directory)?;
-    let file = hand_over(vm.qmp(), &directory, state.new_file()).await?;
+    // A device by its name, which is its for good, and by which QEMU must be able to open it at its next start.
+    let file = if state.is_on_device() {
+        state.disk_file.clone()
+    } else {
+        hand_over(vm.qmp(), &directory, state.new_file()).await?
+    };
     let file_node = file_options(&state.layer_file_node(), &file, base, false);
     vm.qmp().blockdev_add(&file_node, QMP_TIMEOUT).await.map_err(qemu("open the new layer's file"))?;
     let layer = json!({
@@ -75,7 +82,7 @@ pub async fn open_layer(vm: &Vm, roots: &ImageRoots, task: &DiskTask, state: &St
 
 fn file_options(node: &str, file: &str, like: &Node, auto_read_only: bool) -> Value {
     json!({
-        "driver": "file",
+        "driver": if number_of(Path::new(file)).is_ok() { "host_device" } else { "file" },
         "node-name": node,
         "filename": file,
         "cache": cache_options(like),
@@ -159,10 +166,7 @@ async fn open_base_file(vm: &Vm, roots: &ImageRoots, like: &Node, state: &State)
     } else {
         hand_over(vm.qmp(), &directory, &state.layer).await?
     };
-    let mut options = file_options(&state.base_file_node(), &file, like, true);
-    if state.is_device() {
-        options["driver"] = "host_device".into();
-    }
+    let options = file_options(&state.base_file_node(), &file, like, true);
     vm.qmp().blockdev_add(&options, QMP_TIMEOUT).await.map_err(qemu("open the base by descriptor"))
 }
 

@@ -1,6 +1,6 @@
 //! What the overlay driver remembers of one disk.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use freezeframe_guard::{Exchange, Kind};
 use freezeframe_qemu::BlockGraph;
@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::follow::{self, Untouched};
 use super::lent;
 use super::needs::dependents;
+use super::on_device;
 use super::parameters::{OUTPUT_TEMPLATE, Parameters};
+use crate::drivers::lvm::volume::Volume;
 use crate::drivers::{DiskTask, DriverError, Result};
 use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 
@@ -20,14 +22,14 @@ use crate::hypervisor::image::{FileId, ImageDirectory, ImageError, ImageRoots};
 pub struct State {
     /// Directory of the disk's image and of all its layers.
     pub directory: PathBuf,
-    /// Name of the disk's image once the cut is made, which the VM's command line has, or is to have.
+    /// Name of the disk's image once the cut is made, which the VM's command line has, or is to have; the path of a device.
     pub disk_file: String,
     /// Name of the snapshot after the cut. Where names change hands, that of the new layer before it.
     pub layer: String,
     /// The file that was the disk before the cut, and is the snapshot after it.
     pub base: FileId,
     /// Format of the snapshot's image. One that isn't qcow2 keeps its name, since a command line that has its format
-    /// would open a layer wrongly.
+    /// would open a layer wrongly, and so does a device.
     #[serde(default = "qcow2")]
     pub format: String,
     /// Whether the VM's command line, at the cut, leads to another image than the disk's.
@@ -45,6 +47,9 @@ pub struct State {
     /// Whether the new layer's file is one that the user made.
     #[serde(default)]
     pub lent: bool,
+    /// The logical volume that the new layer is on.
+    #[serde(default)]
+    pub volume: Option<Volume>,
     /// Whether the snapshot was complete, by its task: its owner was told what to start the VM with.
     #[serde(skip)]
     pub completed: bool,
@@ -114,23 +119,43 @@ fn name_of_snapshot(task: &DiskTask, directory: &ImageDirectory, disk: &str) -> 
     Ok(name)
 }
 
+/// Copied up, what is below would leave the former layer with nothing that needs it, and its snapshot with no end.
+fn refuse_above_layer(device: &on_device::Named, graph: &BlockGraph, task: &DiskTask) -> Result<()> {
+    match graph.chain(&task.node).as_slice() {
+        [top, _, ..] if task.format == "qcow2" => Err(DriverError::Target {
+            path: device.path.clone(),
+            why: format!("can't have the layer before {} is alone: delete the snapshots below it first", top.file),
+        }),
+        _ => Ok(()),
+    }
+}
+
 impl State {
     /// Names what will be made for a disk.
     pub fn plan(task: &DiskTask, graph: &BlockGraph, roots: &ImageRoots) -> Result<Self> {
         let node = graph.node(&task.node);
         let node = node.ok_or_else(|| DriverError::Verify(format!("node {} is gone", task.node)))?;
+        let device = on_device::named(task, roots)?;
         let (directory, name) = match (&task.target, task.path.as_deref()) {
             (Some(_), path) => {
                 let image = path.map_or(node.file.clone(), |path| path.display().to_string());
-                (lent::directory_for(task, roots)?, image)
+                let directory = match device.as_ref().and_then(|device| device.path.parent()) {
+                    Some(parent) => roots.directory(parent)?,
+                    None => lent::directory_for(task, roots)?,
+                };
+                (directory, image)
             }
             (None, Some(path)) => roots.directory_of(path)?,
             (None, None) => (follow::directory_for(task, roots)?, node.file.clone()),
         };
         let base = directory.id(&name)?.ok_or_else(|| ImageError::NotRegular(directory.join(&name)))?;
-        let (disk_file, layer) = if task.format == "qcow2" {
+        let (disk_file, layer) = if task.format == "qcow2" && task.path.is_some() {
             let layer = name_of_snapshot(task, &directory, &name)?;
             (name, layer)
+        } else if let Some(device) = &device {
+            follow::check_nameable(task, &directory, &name)?;
+            refuse_above_layer(device, graph, task)?;
+            (device.path.display().to_string(), name)
         } else {
             (follow::plan(task, &directory, &name)?, name)
         };
@@ -145,6 +170,7 @@ impl State {
             begun: false,
             left: false,
             lent: task.target.is_some(),
+            volume: device.and_then(|device| device.volume),
             completed: false,
             overlay: None,
             base_node: task.node.clone(),
@@ -158,7 +184,7 @@ impl State {
 
     /// Whether the snapshot's image has the name that it had as the disk, and the new layer another one.
     pub fn keeps_name(&self) -> bool {
-        self.format != "qcow2"
+        self.format != "qcow2" || self.is_device()
     }
 
     /// Says of the files on record on which file systems they are: two may have the same inode number.
@@ -178,7 +204,10 @@ impl State {
             Some(id) if self.is_device() || id == self.base => self.base = id,
             _ => {}
         }
-        self.overlay = self.overlay.map(in_directory);
+        self.overlay = match self.overlay {
+            Some(_) if self.is_on_device() => found(&self.disk_file),
+            overlay => overlay.map(in_directory),
+        };
         self.streamed_into = self.streamed_into.map(in_directory);
         if let Some(merging) = &mut self.merging {
             merging.above_id = in_directory(merging.above_id);
@@ -201,6 +230,17 @@ impl State {
     /// Whether the snapshot's image is a file in another directory than the layers on it.
     pub fn is_elsewhere(&self) -> bool {
         self.layer.starts_with('/') && !self.is_device()
+    }
+
+    /// Whether the new layer is on a block device. Nothing is ever renamed, unlinked or made in its directory, and nothing
+    /// there is opened but itself.
+    pub fn is_on_device(&self) -> bool {
+        self.disk_file.starts_with("/dev/")
+    }
+
+    /// The new layer's device.
+    pub fn device_path(&self) -> &Path {
+        Path::new(&self.disk_file)
     }
 
     /// The cut's change of names: the new layer becomes the disk, the disk the snapshot. None where each keeps its own.

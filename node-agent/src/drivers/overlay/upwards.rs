@@ -14,6 +14,7 @@ use super::place::{Place, name_of};
 use super::state::State;
 use crate::drivers::jobs::{self, Wanted};
 use crate::drivers::{DriverError, Env, Result, qemu};
+use crate::hypervisor::device;
 use crate::hypervisor::filesystem::Room;
 use crate::hypervisor::graph::NodeFile;
 use crate::hypervisor::image::ImageDirectory;
@@ -58,7 +59,10 @@ impl Upwards<'_> {
     /// finds nothing to copy.
     async fn write_out(&self, env: &Env<'_>, vm: &Vm) -> Result<()> {
         // From here first: while QEMU flushes, its main loop stands still.
-        self.directory.sync_file(&name_of(self.directory, self.place.id(self.directory, self.into))?)?;
+        match self.place.file(self.into) {
+            Some(NodeFile::Device { path, .. }) => device::sync(path)?,
+            _ => self.directory.sync_file(&name_of(self.directory, self.place.id(self.directory, self.into))?)?,
+        }
         if self.into == 0 {
             return at_rest::flush(vm, self.layer()).await;
         }
@@ -98,9 +102,14 @@ impl Upwards<'_> {
 /// That QEMU gave the node its name is no hindrance: it doesn't let its options be changed, but writes it out as it makes
 /// it read-only again, which is waited for before the header changes. The disk's own is written out by changing them.
 pub fn may_take(place: &Place<'_>, at: usize) -> bool {
-    let node = place.chain[at];
     let known = matches!(place.file(at), Some(NodeFile::Pinned { .. } | NodeFile::Named { .. }));
-    node.driver == "qcow2" && known && (at > 0 || at_rest::may_be_reopened(node))
+    known && may_take_itself(place, at)
+}
+
+/// The same for a layer whose file, or device, is known.
+pub fn may_take_itself(place: &Place<'_>, at: usize) -> bool {
+    let node = place.chain[at];
+    node.driver == "qcow2" && (at > 0 || at_rest::may_be_reopened(node))
 }
 
 /// All that is copied must fit, and leave as much free as the classes want.

@@ -3,6 +3,7 @@
 
 mod cut_off;
 mod device;
+mod on_device;
 mod orders;
 mod restores;
 mod targets;
@@ -44,12 +45,16 @@ struct Loop(PathBuf);
 
 impl Loop {
     fn attach(directory: &TempDir, size: u64) -> Self {
-        let file = directory.path().join("device.data");
+        Self::attach_as(directory.path(), "device", size)
+    }
+
+    fn attach_as(directory: &Path, link: &str, size: u64) -> Self {
+        let file = directory.join(format!("{link}.data"));
         std::fs::File::create(&file).unwrap().set_len(size).unwrap();
         let output = Command::new("losetup").args(["-f", "--show", path(&file)]).output().unwrap();
         assert!(output.status.success(), "this test needs root: {}", String::from_utf8_lossy(&output.stderr));
         let device = Self(String::from_utf8(output.stdout).unwrap().trim().into());
-        std::os::unix::fs::symlink(&device.0, directory.path().join("device")).unwrap();
+        std::os::unix::fs::symlink(&device.0, directory.join(link)).unwrap();
         device
     }
 }
