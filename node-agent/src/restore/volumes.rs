@@ -5,6 +5,7 @@
 //! name of its own, like a file's, and our tag says whose it is.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
 use freezeframe_api::conditions::reasons;
@@ -13,11 +14,13 @@ use super::order::RestoreOrder;
 use super::record::{DiskRestore, ImageId, Method};
 use super::source::failed;
 use super::tool;
+use crate::causes::chain;
 use crate::drivers::lvm::commands;
 use crate::drivers::lvm::report::Row;
 use crate::drivers::lvm::volume::Volume;
 use crate::drivers::lvm::{self, Origin};
 use crate::drivers::{Artifact, DiskTask};
+use crate::hypervisor::backing::backing_of;
 use crate::hypervisor::device::{number_of, sync};
 use crate::session::outcome::Failure;
 
@@ -32,6 +35,7 @@ pub async fn plan(order: &RestoreOrder, task: &DiskTask, artifact: &Artifact) ->
         let message = format!("disk {} comes back as a logical volume, and in no directory", task.disk);
         return Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message));
     }
+    refuse_layer(task, artifact)?;
     let source = volume_at(&artifact.handle)?;
     let rows = commands::volumes(source.group()).await.map_err(|error| failed(&error))?;
     let row = |name: &str| rows.iter().find(|row| row.lv_name == name);
@@ -72,6 +76,25 @@ pub async fn plan(order: &RestoreOrder, task: &DiskTask, artifact: &Artifact) ->
     volume_at(&planned.unfinished(&order.id()))?;
     volume_at(&planned.away(&order.id()))?;
     Ok(planned)
+}
+
+/// A copy of a volume would go on reading from the image that a layer on it lies on, and nobody would know.
+fn refuse_layer(task: &DiskTask, artifact: &Artifact) -> Result<(), Failure> {
+    let path = artifact.handle.display();
+    let unreadable =
+        |why: String| Failure::new(reasons::RESTORE_FAILED, format!("disk {}: {path} can't be read: {why}", task.disk));
+    let mut device = File::open(&artifact.handle).map_err(|error| unreadable(error.to_string()))?;
+    let backing = if artifact.format == "raw" {
+        None
+    } else {
+        backing_of(&mut device).map_err(|error| unreadable(chain(&error)))?
+    };
+    let Some(backing) = backing else { return Ok(()) };
+    let message = format!(
+        "disk {}: what is on {path} lies on {backing}, so it can't be copied alone: delete the snapshot that {backing} is of",
+        task.disk
+    );
+    Err(Failure::refused(reasons::DISK_NOT_SUPPORTED, message))
 }
 
 /// The volume that a restore in place replaces.

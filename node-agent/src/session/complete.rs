@@ -52,7 +52,11 @@ impl Sessions {
         progress: &dyn Progress,
     ) -> Result<(), Incomplete> {
         // No guard is asked: nothing is held from here on, and a good cut isn't given up because a guard restarts.
-        let machine = self.machine_after_cut(&record.order).await.map_err(Incomplete::OutOfReach)?;
+        let machine = match self.machine_after_cut(&record.order).await {
+            Ok(machine) => machine,
+            Err(failure) if self.has_lost_its_copies(record).await => return Err(failure.into()),
+            Err(failure) => return Err(Incomplete::OutOfReach(failure)),
+        };
         self.go_on_with(machine.vm(), &record.tasks).await;
         let (order, tasks, status) = (record.order.clone(), record.tasks.clone(), outcome::cut(record));
         // A copy may take hours. What it leaves behind when it is dropped, removing finds.
@@ -69,6 +73,12 @@ impl Sessions {
             record.at_rest = at_rest::look(&self.roots, &record.tasks);
         }
         completed
+    }
+
+    /// Whether data was still being copied by a QEMU that is gone.
+    async fn has_lost_its_copies(&self, record: &SessionRecord) -> bool {
+        let mut drivers = record.tasks.iter().filter_map(|task| self.driver(task).ok());
+        drivers.any(|driver| !driver.is_instant()) && matches!(self.open_if_running(&record.order).await, Ok(None))
     }
 
     /// Has all disks' drivers do in earnest what the cut began. What fails here, completing finds.

@@ -289,6 +289,10 @@ impl Sessions {
     /// Removes what a failed session made; what can't be removed yet is tried again at the next call.
     async fn take_back(&self, record: &mut SessionRecord) -> Result<Turn, JournalError> {
         let status = record.status.clone().into_boxed();
+        if let Some(why) = self.why_not_yet(record)? {
+            tracing::warn!(why, "a failed snapshot isn't taken back yet");
+            return Ok(Turn::Report(status));
+        }
         match self.remove_artifacts(record, &Waiting::default()).await {
             Ok(removed) => {
                 // What was to be its layer may be the disk by now, which the former one's VM must be told.

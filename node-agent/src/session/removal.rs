@@ -144,7 +144,7 @@ impl Sessions {
 
     /// What a deletion waits for before it is begun, or gone on with. Only one that may have moved another snapshot's data
     /// already is finished first: a restore that was begun waits for it in turn.
-    fn why_not_yet(&self, record: &SessionRecord) -> Result<Option<String>, JournalError> {
+    pub(super) fn why_not_yet(&self, record: &SessionRecord) -> Result<Option<String>, JournalError> {
         if record.tasks.iter().any(|task| self.is_half_removed(task)) {
             return Ok(None);
         }
@@ -273,7 +273,7 @@ impl Sessions {
         Err(RemovalError::Endless(disk))
     }
 
-    async fn open_if_running(&self, order: &Order) -> Result<Option<Vm>, RemovalError> {
+    pub(super) async fn open_if_running(&self, order: &Order) -> Result<Option<Vm>, RemovalError> {
         match Vm::open(&self.vm_root, &order.vm).await {
             Ok(vm) => Ok(Some(vm)),
             Err(OpenError::NotRunning(_)) => Ok(None),

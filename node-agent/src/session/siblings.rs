@@ -1,6 +1,9 @@
 //! What other snapshots a removal concerns: whose files are near those that it changes, and who must be told of a move.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
 
 use super::Sessions;
 use super::journal::{SessionRecord, Stage};
@@ -8,6 +11,8 @@ use super::order::Order;
 use super::outcome;
 use super::removal::RemovalError;
 use crate::drivers::{DiskTask, Drivers, Sibling};
+use crate::hypervisor::backing::backing_of;
+use crate::hypervisor::image::{FileId, ImageRoots};
 
 impl Sessions {
     /// The records of other snapshots. Those of other VMs too: a VM may have got another name since, and its images not.
@@ -22,21 +27,26 @@ impl Sessions {
         Ok(all.into_iter().filter(is_other).collect())
     }
 
-    /// Fails if another VM's snapshot is half removed, and has files where this one has. Not once both are: neither would
-    /// ever go on.
+    /// Fails if another VM's snapshot is half removed, and is of the same chain as this one. Not once both are: neither
+    /// would ever go on.
     pub(super) fn refuse_if_first(&self, record: &SessionRecord, other: &SessionRecord) -> Result<(), RemovalError> {
         let is_half = other.stage != Stage::Retained && !self.half_removed(other).is_empty();
-        let directories = |record: &SessionRecord| {
-            let places = record.tasks.iter().filter_map(|task| place(&self.drivers, task));
-            places.filter_map(|place| place.parent().map(Path::to_owned)).collect::<Vec<_>>()
-        };
-        let ours = directories(record);
-        let is_beside = || directories(other).iter().any(|directory| ours.contains(directory));
-        if !is_half || !self.half_removed(record).is_empty() || !is_beside() {
+        if !is_half || !self.half_removed(record).is_empty() || !self.share_a_chain(record, other) {
             return Ok(());
         }
         let (snapshot, vm) = (other.order.snapshot.1.clone(), other.order.vm.clone());
         Err(RemovalError::OtherFirst { snapshot, vm })
+    }
+
+    /// Whether a file of one is among the images that one of the other's is read through.
+    fn share_a_chain(&self, one: &SessionRecord, other: &SessionRecord) -> bool {
+        let chains = |record: &SessionRecord| -> Vec<Vec<FileId>> {
+            let places = record.tasks.iter().filter_map(|task| place(&self.drivers, task));
+            places.filter_map(|place| chain_of(&self.roots, &place)).collect()
+        };
+        let (ours, theirs) = (chains(one), chains(other));
+        let mut pairs = ours.iter().flat_map(|ours| theirs.iter().map(move |theirs| (ours, theirs)));
+        pairs.any(|(ours, theirs)| ours.contains(&theirs[0]) || theirs.contains(&ours[0]))
     }
 
     /// Files of other snapshots.
@@ -87,6 +97,22 @@ impl Sessions {
         }
         Ok(moved)
     }
+}
+
+/// An image and those below it, by their headers, as far as they are beside each other; none where it is gone.
+fn chain_of(roots: &ImageRoots, image: &Path) -> Option<Vec<FileId>> {
+    let (directory, mut name) = roots.directory_of(image).ok()?;
+    let mut chain = vec![directory.id(&name).ok()??];
+    while let Some(below) =
+        directory.open(&name, OFlags::RDONLY).ok().and_then(|file| backing_of(&mut File::from(file)).ok()?)
+    {
+        match directory.id(&below).ok().flatten() {
+            Some(id) if !chain.contains(&id) => chain.push(id),
+            _ => break,
+        }
+        name = below;
+    }
+    Some(chain)
 }
 
 /// Where a task's data is, whether it was completed or not.

@@ -38,11 +38,15 @@ async fn a_disk_goes_on_in_a_layer_on_a_volume_and_is_there_alone_once_its_snaps
     volume("thin", SIZE, LAYER);
     refuses(&world, &order(1), "tag `freezeframe-target-shop`").await;
     allow(LAYER);
-    refuses(&world, &order(2), "not a qcow2 image").await;
+    refuses(&world, &order(2), "is thin").await;
+    lvm(&format!("lvremove -qq -f {GROUP}/{LAYER}"));
+    volume("thick", SIZE, LAYER);
+    allow(LAYER);
+    refuses(&world, &order(3), "not a qcow2 image").await;
     format();
-    refuses(&world, &order(3), "are needed for a layer that is fully written").await;
+    refuses(&world, &order(4), "are needed for a layer that is fully written").await;
     lvm(&format!("lvextend -qq -L +4m {GROUP}/{LAYER}"));
-    let order = order(4);
+    let order = order(5);
     let status = world.advance(&order).await;
     assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
     assert_eq!(status.disks[0].start_with.as_ref().unwrap().path, path(LAYER));

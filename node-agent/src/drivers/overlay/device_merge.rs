@@ -12,10 +12,12 @@ use std::path::Path;
 use freezeframe_qemu::BlockGraph;
 use rustix::fs::OFlags;
 
+use super::at_rest;
 use super::follow;
 use super::follow_merge::{only_stopped, was_never_cut};
 use super::lent;
 use super::merge::{close_leftovers, close_unused, nodes_of};
+use super::needs::refuse_those_beside;
 use super::on_device;
 use super::place::Place;
 use super::prepare::header;
@@ -164,6 +166,10 @@ async fn copy_up(
     directory: &ImageDirectory,
     state: &mut State,
 ) -> Result<Removal> {
+    if state.is_elsewhere() {
+        // Its owner is told that the former disk isn't needed any more.
+        refuse_those_beside(env, directory, &state.layer, state.base)?;
+    }
     let graph = vm.graph().await.map_err(qemu("read the block graph"))?;
     let Some(place) = Place::find(env, vm, &graph, state).await? else {
         let why = format!("{} needs {}, which its VM doesn't have open", state.disk_file, state.layer);
@@ -174,6 +180,9 @@ async fn copy_up(
         return Err(DriverError::NotNow(format!("QEMU has another image than {} on {}", state.disk_file, state.layer)));
     }
     state.left = false;
+    if at_rest::restore(vm, &place, &state.job()).await? {
+        return Ok(Removal::Again);
+    }
     if !may_take_itself(&place, into) {
         return Err(only_stopped(directory, state));
     }

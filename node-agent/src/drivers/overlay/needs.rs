@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags};
 
 use crate::drivers::{DriverError, Env, Removal, Result};
 use crate::hypervisor::backing::backing_of;
@@ -75,13 +75,24 @@ fn lies_on(
         let Some(below) = beside(directory, &path).filter(|below| below != name) else { continue };
         match directory.holds(&below, id) {
             Ok(true) => return Ok(true),
-            // Images of ours are beneath the roots.
-            Ok(false) | Err(ImageError::OutsideRoots(_)) => {}
-            Err(error) if error.is_no_image() || error.is_no_directory() => {}
+            Ok(false) => {}
+            Err(error) if is_no_way(&error) && !leads_to(&directory.path().join(&path), id) => {}
+            Err(error) if is_no_way(&error) => return Ok(true),
             Err(error) => return Err(error.into()),
         }
     }
     Ok(false)
+}
+
+/// Whether there is no image where a name leads without links and within the roots.
+fn is_no_way(error: &ImageError) -> bool {
+    matches!(error, ImageError::OutsideRoots(_)) || error.is_no_image() || error.is_no_directory()
+}
+
+/// Whether a path ends at the file `id`, however it gets there: QEMU follows every link.
+fn leads_to(path: &Path, id: FileId) -> bool {
+    let found = rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), FileId::NEEDS);
+    found.is_ok_and(|found| FileId::of(&found) == id)
 }
 
 /// The path of a backing device or of a backing file in another directory, or the name of one in the same, however the
@@ -164,7 +175,15 @@ mod tests {
         let found = Found::new();
         let here = found.0.path();
         let name = here.file_name().unwrap().to_str().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        for (target, link) in [("base".into(), here.join("current")), (here.into(), here.join("around"))] {
+            std::os::unix::fs::symlink::<PathBuf, PathBuf>(target, link).unwrap();
+        }
+        std::os::unix::fs::symlink(here, elsewhere.path().join("images")).unwrap();
         for backing in [
+            "current".to_owned(),
+            "around/base".to_owned(),
+            elsewhere.path().join("images/base").display().to_string(),
             "./base".to_owned(),
             here.join("base").display().to_string(),
             format!("../{name}/base"),

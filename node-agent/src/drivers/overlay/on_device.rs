@@ -82,6 +82,9 @@ pub async fn check(task: &DiskTask, state: &State) -> Result<()> {
         // An interrupted `prepare` may have claimed it.
         let why = if row.is_ours(&task.id) { None } else { target::why_not(&row, &task.vm.namespace) };
         why.map_or(Ok(()), |why| Err(refused(why)))?;
+        if !row.pool_lv.is_empty() {
+            return Err(refused("is thin: its pool may fill while the former disk is copied up into it".into()));
+        }
     }
     number_of(path).map_err(refused)?;
     if is_in_use(path)? || ImageLock::take_device(path)?.is_none() {

@@ -3,9 +3,10 @@
 use freezeframe_api::conditions::{find, types};
 use freezeframe_api::v1alpha1::ContentPhase;
 use freezeframe_node_agent::hypervisor::VmKey;
+use freezeframe_node_agent::session::order::Order;
 
 use super::{begun, name};
-use crate::lab::Snapshot;
+use crate::lab::{Lab, Snapshot};
 use crate::shapes::{Shape, lab};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -30,6 +31,30 @@ async fn a_snapshot_of_a_vm_that_has_another_name_now_is_told_where_its_data_wen
     lab.check().await;
     lab.delete(upper).await;
     lab.check().await;
+}
+
+/// Takes a snapshot of one disk, of a VM of that name.
+async fn take_of(lab: &mut Lab, vm: &str, disk: &str) -> Order {
+    lab.write().await;
+    let (_, mut order) = lab.order();
+    order.vm = VmKey { namespace: "shop".into(), name: vm.into() };
+    order.include = vec![disk.into()];
+    let status = lab.advance(&order).await;
+    assert_eq!(status.phase, Some(ContentPhase::Ready), "{:?}", status.conditions);
+    order
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_deleted_snapshot_of_another_vm_holds_up_no_chain_but_its_own() {
+    let mut lab = lab(Shape::Blockdev, 2).await;
+    let lower = take_of(&mut lab, "db", "vda").await;
+    take_of(&mut lab, "db", "vda").await;
+    std::fs::rename(lab.sessions.vm_root.join("shop/db"), lab.sessions.vm_root.join("shop/other")).unwrap();
+    let beside = take_of(&mut lab, "other", "vdb").await;
+    lab.machine.kill();
+    begun(&lab, &lower).await;
+    let deletion = lab.sessions.delete(&beside).await.unwrap();
+    assert!(deletion.over, "{:?}", deletion.status.conditions);
 }
 
 #[tokio::test(flavor = "multi_thread")]
