@@ -52,12 +52,23 @@ impl Machine {
 
     /// Runs one `qemu-io` command on a disk as its device does; panics with what it says if it fails.
     pub async fn io(&self, disk: &str, command: &str) {
+        let said = self.said_to(disk, command).await;
+        assert!(said.contains("ops") && !said.contains("fail") && !said.contains("rror"), "{disk}, {command}: {said}");
+    }
+
+    /// Has what was written to a disk survive this QEMU, as a guest does that relies on it.
+    pub async fn flush(&self, disk: &str) {
+        let said = self.said_to(disk, "flush").await;
+        assert!(!said.contains("fail") && !said.contains("rror"), "{disk}, flush: {said}");
+    }
+
+    async fn said_to(&self, disk: &str, command: &str) -> String {
         let line = format!("qemu-io -d /machine/peripheral/{disk}/virtio-backend \"{command}\"");
         let answer: Value =
             self.monitor.execute("human-monitor-command", json!({"command-line": line}), SOON).await.unwrap();
         let mut said = answer.as_str().unwrap().to_owned();
         (&self.output).read_to_string(&mut said).unwrap();
-        assert!(said.contains("ops") && !said.contains("fail") && !said.contains("rror"), "{disk}, {command}: {said}");
+        said
     }
 }
 

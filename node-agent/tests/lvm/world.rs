@@ -186,6 +186,7 @@ impl World {
             for command in self.contents[at].write(pattern) {
                 self.machine().io(&format!("vd{at}"), &command).await;
             }
+            self.machine().flush(&format!("vd{at}")).await;
         }
     }
 
