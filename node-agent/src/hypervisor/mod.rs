@@ -13,6 +13,7 @@ pub mod file_id;
 pub mod filesystem;
 pub mod graph;
 pub mod image;
+mod image_error;
 pub mod lock;
 pub mod offline;
 pub mod qcow2;

@@ -41,14 +41,17 @@ pub enum HeaderError {
     Io(#[from] std::io::Error),
 }
 
-/// Reads the header of an image.
-pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError> {
-    let mut prefix = [0_u8; 36];
+/// The beginning of an image, which says what it is.
+fn read_prefix<const LENGTH: usize>(image: &mut (impl Read + Seek)) -> Result<[u8; LENGTH], HeaderError> {
+    let mut prefix = [0; LENGTH];
     image.seek(SeekFrom::Start(0))?;
     image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
-    if prefix[..4] != MAGIC {
-        return Err(HeaderError::NotQcow2);
-    }
+    if prefix[..4] == MAGIC { Ok(prefix) } else { Err(HeaderError::NotQcow2) }
+}
+
+/// Reads the header of an image.
+pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError> {
+    let prefix: [u8; 36] = read_prefix(image)?;
     let length = be32(&prefix[16..20]);
     let backing = if length == 0 { None } else { Some(read_backing(image, be64(&prefix[8..16]), length)?) };
     Ok(Header { virtual_size: be64(&prefix[24..32]), backing, encrypted: be32(&prefix[32..36]) != 0 })
@@ -56,23 +59,13 @@ pub fn read_header(image: &mut (impl Read + Seek)) -> Result<Header, HeaderError
 
 /// Whether an image has its data in another file (bit 2 of the incompatible features, from version 3 on).
 pub fn has_external_data(image: &mut (impl Read + Seek)) -> Result<bool, HeaderError> {
-    let mut prefix = [0_u8; 80];
-    image.seek(SeekFrom::Start(0))?;
-    image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
-    if prefix[..4] != MAGIC {
-        return Err(HeaderError::NotQcow2);
-    }
+    let prefix: [u8; 80] = read_prefix(image)?;
     Ok(be32(&prefix[4..8]) >= 3 && be64(&prefix[72..80]) & (1 << 2) != 0)
 }
 
 /// Whether an image has anything of its own: an entry in its table of tables.
 pub fn has_clusters(image: &mut (impl Read + Seek)) -> Result<bool, HeaderError> {
-    let mut prefix = [0_u8; 48];
-    image.seek(SeekFrom::Start(0))?;
-    image.read_exact(&mut prefix).map_err(short_is_not_qcow2)?;
-    if prefix[..4] != MAGIC {
-        return Err(HeaderError::NotQcow2);
-    }
+    let prefix: [u8; 48] = read_prefix(image)?;
     let entries = u64::from(be32(&prefix[36..40])).min(MOST_ENTRIES);
     image.seek(SeekFrom::Start(be64(&prefix[40..48])))?;
     let mut table = vec![];
